@@ -1,0 +1,118 @@
+"""The operators ``djinn::mark``, ``djinn::kv_write``, ``djinn::attention``; import registers them.
+
+A captured graph holds these opaque operators. Which implementation answers is decided outside it,
+by the device of the tensors: :func:`operators` is the one table of who answers where.
+
+Registrations belong to the process: torch keeps them and this module keeps nothing. A second
+import, under another name or by a reload, finds them in place and leaves them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from djinn_fx.errors import InternalError
+from djinn_fx.kernels import attention as attention_torch
+from djinn_fx.kernels import kv as kv_torch
+from djinn_fx.kernels.signatures import ATTENTION, KV_WRITE, MARK, Attention, KvWrite, Mark
+
+NAMESPACE = "djinn"
+
+Signature = TypeVar("Signature", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Operator(Generic[Signature]):
+    """An operator to register.
+
+    Attributes:
+        name: its name within the namespace.
+        schema: arguments, which of them are written, and results, in torch's notation.
+        fake: makes results of the right shape, strides and dtype without computing.
+        backends: implementation by device type; ``"default"`` answers on every device.
+    """
+
+    name: str
+    schema: str
+    fake: Signature
+    backends: Mapping[str, Signature]
+
+
+def operators() -> tuple[Operator[Any], ...]:
+    """Every operator with its backends."""
+    write, attend = kv_torch.kv_write, attention_torch.attention
+    return (
+        Operator[Mark]("mark", MARK, _fake_mark, {"default": _mark}),
+        Operator[KvWrite]("kv_write", KV_WRITE, _fake_kv_write, {"cpu": write, "cuda": write}),
+        Operator[Attention]("attention", ATTENTION, _fake_attention, {"cpu": attend, "cuda": attend}),
+    )
+
+
+def register() -> None:
+    """Register the operators that this process does not have yet."""
+    present = getattr(torch.ops, NAMESPACE)
+    for operator in operators():
+        if hasattr(present, operator.name):
+            continue
+        qualified = f"{NAMESPACE}::{operator.name}"
+        torch.library.define(qualified, operator.schema, tags=torch.Tag.pt2_compliant_tag)
+        torch.library.register_fake(qualified, operator.fake)
+        for device, implementation in operator.backends.items():
+            torch.library.impl(qualified, device, implementation)
+
+
+def _mark(x: Tensor, name: str) -> Tensor:
+    # An operator's result may not share its argument's storage.
+    return x.clone()
+
+
+def _fake_mark(x: Tensor, name: str) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _fake_kv_write(
+    k_arena: Tensor,
+    v_arena: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rows: Tensor,
+    positions: Tensor,
+    lengths: Tensor,
+) -> None:
+    for part, arena, new in (("k", k_arena, k), ("v", v_arena, v)):
+        same = (arena.shape[1], arena.shape[3]) == (new.shape[1], new.shape[3])
+        if not same or arena.dtype != new.dtype:
+            raise InternalError(
+                f"djinn::kv_write: {part} is {new.dtype} {tuple(new.shape)}, which does not fit "
+                f"the arena of {arena.dtype} {tuple(arena.shape)}."
+            )
+
+
+def _fake_attention(
+    q: Tensor,
+    k_arena: Tensor,
+    v_arena: Tensor,
+    rows: Tensor,
+    positions: Tensor,
+    lengths: Tensor,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    scale: float,
+) -> Tensor:
+    batch, heads, width, depth = q.shape
+    groups, value_depth = v_arena.shape[1], v_arena.shape[3]
+    if heads % groups or depth != k_arena.shape[3]:
+        raise InternalError(
+            f"djinn::attention: queries {tuple(q.shape)} do not fit the arenas "
+            f"{tuple(k_arena.shape)} and {tuple(v_arena.shape)}."
+        )
+    return q.new_empty(batch, width, heads, value_depth)
+
+
+register()

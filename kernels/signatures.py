@@ -1,0 +1,105 @@
+"""The signatures of the operators: what every backend of one takes and gives.
+
+The schema strings are what torch registers, the protocols are what mypy checks implementations
+against. Both are here and nowhere else, so that torch and Triton cannot drift apart.
+
+Sizes: ``B`` batch rows, ``T`` query tokens per row, ``H`` query heads, ``Hkv`` key-value heads,
+``D`` and ``Dv`` key and value widths, ``R`` arena rows, ``S`` arena positions. Arenas are
+``[R + 1, Hkv, S + 1, D]``: the last row and the last position are spare; they may be written and
+are never read.
+
+Of batch row ``b`` the first ``lengths[b] - positions[b, 0]`` query tokens are valid and stand at
+consecutive positions; the rest are pads with position 0. A row of length 0 is dead: all pads.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+MARK = "(Tensor x, str name) -> Tensor"
+
+KV_WRITE = (
+    "(Tensor(a!) k_arena, Tensor(b!) v_arena, Tensor k, Tensor v, Tensor rows, Tensor positions, Tensor lengths) -> ()"
+)
+
+ATTENTION = (
+    "(Tensor q, Tensor k_arena, Tensor v_arena, Tensor rows, Tensor positions, Tensor lengths, "
+    "int? window, float? softcap, Tensor? sinks, float scale) -> Tensor"
+)
+
+
+class Mark(Protocol):
+    """The signature of ``djinn::mark``."""
+
+    def __call__(self, x: Tensor, name: str) -> Tensor:
+        """Copy ``x``; the name is for whoever reads the graph."""
+
+
+class KvWrite(Protocol):
+    """The signature of ``djinn::kv_write``."""
+
+    def __call__(
+        self,
+        k_arena: Tensor,
+        v_arena: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rows: Tensor,
+        positions: Tensor,
+        lengths: Tensor,
+    ) -> None:
+        """Put the keys and values of a step into the arenas, in place.
+
+        A pad writes to the spare position of its row; what stays there is not defined.
+
+        Args:
+            k_arena: ``[R + 1, Hkv, S + 1, D]``.
+            v_arena: ``[R + 1, Hkv, S + 1, Dv]``.
+            k: ``[B, Hkv, T, D]`` in the arena's dtype, any strides.
+            v: ``[B, Hkv, T, Dv]``, likewise.
+            rows: int64 ``[B]``, the arena row of each batch row; those of live rows differ.
+            positions: int64 ``[B, T]``, absolute; 0 at pads.
+            lengths: int64 ``[B]``, valid positions after this step; 0 for a dead row.
+        """
+
+
+class Attention(Protocol):
+    """The signature of ``djinn::attention``."""
+
+    def __call__(
+        self,
+        q: Tensor,
+        k_arena: Tensor,
+        v_arena: Tensor,
+        rows: Tensor,
+        positions: Tensor,
+        lengths: Tensor,
+        window: int | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+        scale: float,
+    ) -> Tensor:
+        """Causal attention of each batch row over the valid prefix of its own arena row.
+
+        The arithmetic is fp32 (fp64 for fp64), rounded once at the end. A row's bits depend on
+        its own tokens, positions and keys alone: not on the rest of the batch, its place there,
+        the arena's size or what unread positions hold, be it NaN. Inf and NaN among the values
+        reach the queries that see them and no others.
+
+        Args:
+            q: ``[B, H, T, D]``, any strides; head ``h`` reads key-value head ``h // (H // Hkv)``.
+            k_arena: ``[R + 1, Hkv, S + 1, D]``; the step's own keys are in it already.
+            v_arena: ``[R + 1, Hkv, S + 1, Dv]``, likewise.
+            rows: int64 ``[B]``, as in :class:`KvWrite`, like the next two.
+            positions: int64 ``[B, T]``.
+            lengths: int64 ``[B]``.
+            window: a query at ``p`` sees the keys at ``p - window < j <= p``; None: ``j <= p``.
+            softcap: logits become ``softcap * tanh(logits / softcap)``; None: they stay.
+            sinks: ``[H]``, one more logit per head in the softmax, its value dropped; or None.
+            scale: factor of the dot products.
+
+        Returns:
+            ``[B, T, H, Dv]``, contiguous, in ``q``'s dtype; zeros at pads and in dead rows.
+        """

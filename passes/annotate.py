@@ -1,0 +1,111 @@
+"""Pass 2, annotate: marks become names on the values they marked, and no-ops disappear."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from torch import fx
+
+from djinn_fx.passes.context import PassContext
+from djinn_fx.passes.graph import (
+    CASTS,
+    ENV,
+    MODULE,
+    NAMES,
+    aten,
+    compute_nodes,
+    fake_mode,
+    is_impure,
+    propagate,
+    tensor_of,
+)
+from djinn_fx.passes.marks import INPUT, MARK
+
+ABSENT = "djinn_absent"
+
+_SAME = CASTS | {
+    aten.contiguous.default,
+    aten.view.default,
+    aten.reshape.default,
+    aten.expand.default,
+}
+_NOTHING = frozenset({aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default})
+_DROPOUT = frozenset({aten.dropout.default, aten.native_dropout.default})
+
+
+def annotate(gm: fx.GraphModule, ctx: PassContext) -> fx.GraphModule:
+    """Move the marks' names onto the values, drop no-ops and recompute the fake values."""
+    for node in list(compute_nodes(gm)):
+        if node.target is MARK:
+            _merge(gm, node, (str(node.args[1]),))
+    _settle_call_numbers(gm)
+    mode = fake_mode(gm)
+    for node in list(compute_nodes(gm)):
+        if _is_identity(node):
+            _merge(gm, node, node.meta[NAMES])
+        else:
+            propagate(node, mode)
+    drop_dead(gm, keep_named=True)
+    return gm
+
+
+def _merge(gm: fx.GraphModule, node: fx.Node, names: tuple[str, ...]) -> None:
+    """Replace a node that changes nothing by its input, which takes over its names."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    source.meta[NAMES] = (*source.meta[NAMES], *node.meta[NAMES], *names)
+    source.meta[NAMES] = tuple(dict.fromkeys(source.meta[NAMES]))
+    node.replace_all_uses_with(source)
+    gm.graph.erase_node(node)
+
+
+def _is_identity(node: fx.Node) -> bool:
+    """Whether a node's result is its first argument, bit for bit and stride for stride."""
+    if node.target in _NOTHING:
+        return True
+    if node.target in _DROPOUT:
+        return node.args[2] is False or node.args[1] == 0.0
+    if node.target not in _SAME or not isinstance(node.args[0], fx.Node):
+        return False
+    before, after = tensor_of(node.args[0]), tensor_of(node)
+    return (
+        before is not None
+        and after is not None
+        and (before.shape, before.stride(), before.dtype, before.device)
+        == (after.shape, after.stride(), after.dtype, after.device)
+        and not (node.kwargs.get("copy") or True in node.args[2:])
+    )
+
+
+def _settle_call_numbers(gm: fx.GraphModule) -> None:
+    """Names of modules that are called once lose their ``#1``; the others' bare names are absent."""
+    calls: Counter[str] = Counter()
+    for node in gm.graph.nodes:
+        for name in node.meta.get(NAMES, ()):
+            if not name.endswith(INPUT):
+                calls[name.partition("#")[0]] += 1
+    absent: dict[str, str] = dict(gm.meta.get(ABSENT, {}))
+    for node in gm.graph.nodes:
+        names = []
+        for name in node.meta.get(NAMES, ()):
+            path, _, rest = name.partition("#")
+            suffix = INPUT if rest.endswith(INPUT) else ""
+            if calls[path] > 1:
+                absent[path + suffix] = (
+                    f"the module is called {calls[path]} times; say which call: {path}#1{suffix} "
+                    f"to {path}#{calls[path]}{suffix}"
+                )
+                names.append(name)
+            else:
+                names.append(path + suffix)
+        if ENV in node.meta or MODULE in node.meta:
+            node.meta[NAMES] = tuple(names)
+    gm.meta[ABSENT] = absent
+
+
+def drop_dead(gm: fx.GraphModule, *, keep_named: bool) -> None:
+    """Remove compute nodes that nobody uses, except those with effects and, if asked, with names."""
+    for node in reversed(list(compute_nodes(gm))):
+        named = keep_named and bool(node.meta.get(NAMES))
+        if not node.users and not named and not is_impure(node):
+            gm.graph.erase_node(node)

@@ -1,0 +1,40 @@
+"""What a pass may know beside its graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from djinn_fx.sites import Site
+from djinn_fx.specs import ProgramShape, Variant
+
+#: Turns a segment's graph into the callable that runs it.
+Lower = Callable[[fx.GraphModule], Callable[..., tuple[torch.Tensor, ...]]]
+
+
+@dataclass(frozen=True)
+class PassContext:
+    """The options of one build.
+
+    Attributes:
+        kind: ``"lm"`` or ``"module"``.
+        shape: shape of the program; zeros for plain modules.
+        dtype: the model's dtype.
+        sites: chosen sites in execution order.
+        variant: which steering to compile in.
+        rank: slots of the rank tables.
+        lower: compiles one segment.
+        fused: one segment for the whole graph instead of one per site.
+    """
+
+    kind: str
+    shape: ProgramShape
+    dtype: torch.dtype
+    sites: tuple[Site, ...] = ()
+    variant: Variant = "plain"
+    rank: int = 0
+    lower: Lower | None = None
+    fused: bool = False

@@ -1,0 +1,243 @@
+"""The compiler's table of contents: a model becomes a table of sites, and a program."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from djinn_fx.errors import InvalidValue
+from djinn_fx.passes.annotate import annotate
+from djinn_fx.passes.capture import capture_module, capture_step
+from djinn_fx.passes.context import Lower, PassContext
+from djinn_fx.passes.graph import (
+    CUT,
+    ENV,
+    REBUILD,
+    WEIGHT,
+    copy_graph,
+    output_of,
+    placeholders,
+)
+from djinn_fx.passes.head import head
+from djinn_fx.passes.lower import CLASS, RUN, lower, lower_eager
+from djinn_fx.passes.roles import assign_roles
+from djinn_fx.passes.runner import Stage, run_passes
+from djinn_fx.passes.source import Inputs, Source, flatten_inputs, normalise_inputs
+from djinn_fx.passes.split import INPUTS, OUTPUTS, split
+from djinn_fx.passes.steer import steer
+from djinn_fx.passes.tables import nodes_of, site_table
+from djinn_fx.passes.yields import LIVE, describe, segment_calls, yields
+from djinn_fx.program import PassRecord, Program, Segment
+from djinn_fx.sites import Site, SiteTable
+from djinn_fx.specs import ProgramShape, Variant
+
+Arenas = Sequence[tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Captured:
+    """An annotated graph of one shape; never changed, copied before further passes."""
+
+    graph: fx.GraphModule
+    records: tuple[PassRecord, ...]
+
+
+@dataclass
+class CaptureStore:
+    """Keeps captured graphs, so that another variant of a shape does not export again."""
+
+    captured: dict[object, Captured] = field(default_factory=dict)
+
+
+def discover(source: Source, store: CaptureStore | None = None) -> SiteTable:
+    """Every site of the model, from one capture of a small shape.
+
+    Raises:
+        CaptureError: the model cannot be captured.
+    """
+    shape = _telling_shape(source)
+    inputs = source.example_inputs
+    captured = _captured(source, shape, _small_arenas(source), inputs, store)
+    return site_table(captured.graph, source.kind, shape)
+
+
+def build(
+    source: Source,
+    shape: ProgramShape,
+    *,
+    sites: Sequence[Site],
+    variant: Variant,
+    rank: int,
+    arenas: Arenas = (),
+    lower: Lower = lower_eager,
+    example_inputs: object = None,
+    store: CaptureStore | None = None,
+    fused: bool = False,
+) -> Program:
+    """Make the program of one shape.
+
+    Args:
+        source: what :func:`djinn_fx.passes.source.prepare` made.
+        shape: batch rows, query length and kept positions; zeros for a plain module.
+        sites: where the program can stop and be steered, from :func:`discover`.
+        variant: the steering to compile in.
+        rank: slots of the rank tables.
+        arenas: keys and values of each layer.
+        lower: makes a segment's callable from its graph.
+        example_inputs: for a plain module, other inputs than the source's.
+        store: keeps the capture for the next build of this shape.
+        fused: one segment for the whole graph; the sites are steered and tapped but not cut at.
+
+    Raises:
+        CaptureError: the model cannot be captured at this shape.
+        InvalidValue: a shape or variant that does not exist for this model.
+    """
+    inputs = source.example_inputs
+    if example_inputs is not None:
+        inputs = normalise_inputs(example_inputs)
+    _check_request(source, shape, variant)
+    captured = _captured(source, shape, arenas, inputs, store)
+    gm = copy_graph(captured.graph)
+    ordered = tuple(sorted(sites, key=lambda site: site.order))
+    ctx = PassContext(
+        kind=source.kind,
+        shape=shape,
+        dtype=source.dtype,
+        sites=ordered,
+        variant=variant,
+        rank=rank,
+        lower=lower,
+        fused=fused,
+    )
+    gm, records = run_passes(gm, _BUILD, ctx, captured.records)
+    return _program(gm, ctx, records)
+
+
+def _captured(
+    source: Source,
+    shape: ProgramShape,
+    arenas: Arenas,
+    inputs: Inputs | None,
+    store: CaptureStore | None,
+) -> Captured:
+    """Export and annotate one shape, or take it from the store."""
+    key: object = (shape.rows, shape.query, tuple((k.shape, v.shape) for k, v in arenas))
+    if source.kind == "module":
+        assert inputs is not None
+        key = flatten_inputs(inputs)[1]
+    if store is not None and key in store.captured:
+        return store.captured[key]
+    if source.kind == "module":
+        assert inputs is not None
+        stages = [
+            Stage("capture", "captured", partial(capture_module, source=source, inputs=inputs)),
+            Stage("annotate", "annotated", annotate),
+        ]
+    else:
+        stages = [
+            Stage("capture", "captured", partial(capture_step, source=source, arenas=arenas)),
+            Stage("annotate", "annotated", annotate),
+            Stage("roles", "annotated", partial(assign_roles, clone=source.clone)),
+        ]
+    ctx = PassContext(kind=source.kind, shape=shape, dtype=source.dtype)
+    empty = fx.GraphModule(nn.Module(), fx.Graph())
+    empty.graph.output(())
+    captured = Captured(*run_passes(empty, stages, ctx))
+    if store is not None:
+        store.captured[key] = captured
+    return captured
+
+
+_BUILD = (
+    Stage("head", "headed", head),
+    Stage("steer", "steered", steer),
+    Stage("split", "split", split),
+    Stage("yields", "yielded", yields),
+    Stage("lower", "lowered", lower),
+)
+
+
+def _check_request(source: Source, shape: ProgramShape, variant: Variant) -> None:
+    if source.kind == "module":
+        if variant != "plain":
+            raise InvalidValue(
+                f"variant {variant!r}: plain modules have no steering tables; assign to stop.value instead."
+            )
+        return
+    if shape.rows < 1 or shape.query < 1 or not 1 <= shape.keep <= shape.query:
+        raise InvalidValue(f"{shape}: rows and query must be positive and keep between 1 and query.")
+
+
+def _telling_shape(source: Source) -> ProgramShape:
+    """Rows and query that no other size of the model equals, so that layouts can be told apart."""
+    if source.kind == "module":
+        return ProgramShape(0, 0, 0)
+    sizes = {int(dim) for tensor in source.clone.parameters() for dim in tensor.shape}
+    sizes |= {size for spec in source.kv for size in (spec.heads, spec.key_dim, spec.value_dim)}
+    sizes |= {value for value in source.config.values() if isinstance(value, int)}
+    rows = 3
+    query = next(q for q in range(5, 1000, 2) if q not in sizes and rows * q not in sizes)
+    return ProgramShape(rows, query, query)
+
+
+def _small_arenas(source: Source) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Arenas just large enough to be captured with."""
+    return [
+        (
+            torch.empty(2, spec.heads, 2, spec.key_dim, dtype=source.dtype, device=source.device),
+            torch.empty(2, spec.heads, 2, spec.value_dim, dtype=source.dtype, device=source.device),
+        )
+        for spec in source.kv
+    ]
+
+
+def _program(gm: fx.GraphModule, ctx: PassContext, records: tuple[PassRecord, ...]) -> Program:
+    """Collect what the passes stamped on the split graph."""
+    inputs = placeholders(gm)
+    weights = {
+        name: node.meta[WEIGHT] for name, node in inputs.items() if WEIGHT in node.meta and node.users
+    }
+    segments = tuple(
+        _segment(gm, index, call, weights) for index, call in enumerate(segment_calls(gm))
+    )
+    returned: Any = output_of(gm).args[0]
+    return Program(
+        shape=ctx.shape,
+        variant=ctx.variant,
+        sites=ctx.sites,
+        segments=segments,
+        weights=weights,
+        inputs=tuple(describe(node) for node in inputs.values() if WEIGHT not in node.meta),
+        outputs=tuple(node.meta[ENV] for node in returned),
+        records=records,
+        rebuild=gm.meta.get(REBUILD),
+    )
+
+
+def _segment(
+    gm: fx.GraphModule, index: int, call: fx.Node, weights: dict[str, torch.Tensor]
+) -> Segment:
+    graph = gm.get_submodule(str(call.target))
+    assert isinstance(graph, fx.GraphModule)
+    site: Site | None = call.meta[CUT]
+    return Segment(
+        index=index,
+        name=str(call.target),
+        run=call.meta[RUN],
+        graph=graph,
+        inputs=call.meta[INPUTS],
+        outputs=call.meta[OUTPUTS],
+        site=site,
+        live=call.meta[LIVE],
+        layer=site.layer if site is not None else None,
+        weights=tuple(name for name in call.meta[INPUTS] if name in weights),
+        compile_class=call.meta[CLASS],
+    )
+
+
+__all__ = ["CaptureStore", "Captured", "build", "discover", "nodes_of"]

@@ -1,0 +1,176 @@
+"""The model to capture: a structural clone that shares every tensor, and what is known of it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from djinn_fx.errors import CaptureError
+from djinn_fx.passes import hf
+from djinn_fx.passes.support import check, kind_of
+from djinn_fx.program import KVSpec
+
+#: Positional and keyword arguments of a plain module.
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A model, ready to be captured.
+
+    Attributes:
+        kind: ``"lm"``: a causal language model; ``"module"``: any other module.
+        clone: a copy of the module tree that shares parameters and buffers with the user's module.
+        dtype: dtype of the parameters.
+        device: where they are.
+        kv: what each layer keeps per position; empty for plain modules.
+        vocab_size: width of the logits, or None.
+        windows: sliding window of each layer, or None where it sees everything.
+        model_type: the configuration's model type, or the class name.
+        config: the configuration as a dictionary; empty for plain modules.
+        example_inputs: normalised arguments of a plain module.
+        reasons: remarks of :func:`djinn_fx.passes.support.check`.
+    """
+
+    kind: Literal["lm", "module"]
+    clone: nn.Module
+    dtype: torch.dtype
+    device: torch.device
+    kv: tuple[KVSpec, ...] = ()
+    vocab_size: int | None = None
+    windows: tuple[int | None, ...] = ()
+    model_type: str = ""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    example_inputs: Inputs | None = None
+    reasons: tuple[str, ...] = ()
+
+
+def prepare(model: nn.Module, example_inputs: object = None) -> Source:
+    """Clone ``model`` and find out what is needed to capture it. The model itself is not touched.
+
+    Args:
+        model: a causal language model of transformers, or any module.
+        example_inputs: for a plain module, its arguments: a tuple, or a mapping of keyword arguments.
+
+    Raises:
+        CaptureError: with every reason why the model cannot be captured.
+    """
+    support = check(model, example_inputs)
+    if not support.ok:
+        raise CaptureError(
+            f"{type(model).__name__} cannot be compiled: " + "; ".join(support.reasons)
+        )
+    clone = clone_of(model)
+    tensors = [*model.parameters(), *model.buffers()]
+    device = tensors[0].device if tensors else torch.device("cpu")
+    dtype = next((t.dtype for t in tensors if t.dtype.is_floating_point), torch.float32)
+    if kind_of(model, example_inputs) == "module":
+        return Source(
+            kind="module",
+            clone=clone,
+            dtype=dtype,
+            device=device,
+            model_type=type(model).__name__,
+            example_inputs=normalise_inputs(example_inputs),
+            reasons=support.reasons,
+        )
+    hf.use_djinn_attention(clone)
+    kv, windows, vocab = _probe(clone, device)
+    config: Any = clone.config
+    return Source(
+        kind="lm",
+        clone=clone,
+        dtype=dtype,
+        device=device,
+        kv=kv,
+        vocab_size=vocab,
+        windows=windows,
+        model_type=config.model_type,
+        config=config.to_dict(),
+        reasons=support.reasons,
+    )
+
+
+def clone_of(model: nn.Module) -> nn.Module:
+    """Copy the module tree, sharing every parameter and buffer."""
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in model.parameters()}
+    memo |= {id(tensor): tensor for tensor in model.buffers()}
+    return copy.deepcopy(model, memo)
+
+
+def normalise_inputs(example_inputs: object) -> Inputs:
+    """Bring ``example_inputs`` into the form ``(args, kwargs)``."""
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, torch.Tensor):
+        return (example_inputs,), {}
+    if isinstance(example_inputs, Sequence):
+        return tuple(example_inputs), {}
+    raise CaptureError(
+        f"example_inputs must be a tuple of arguments or a mapping of keyword arguments, not "
+        f"{type(example_inputs).__name__}."
+    )
+
+
+def flatten_inputs(inputs: Inputs) -> tuple[dict[str, torch.Tensor], tuple[Any, ...]]:
+    """Split a plain module's arguments into tensors by environment name and a hashable key.
+
+    Two calls with equal keys run the same program: it holds the structure, the non-tensor leaves and
+    each tensor's shape, dtype and device.
+    """
+    leaves, spec = pytree.tree_flatten(inputs)
+    tensors: dict[str, torch.Tensor] = {}
+    key: list[Any] = [repr(spec)]
+    for index, leaf in enumerate(leaves):
+        if isinstance(leaf, torch.Tensor):
+            tensors[f"in.{index}"] = leaf
+            key.append((tuple(leaf.shape), leaf.dtype, leaf.device))
+        else:
+            key.append(repr(leaf))
+    return tensors, tuple(key)
+
+
+def _probe(
+    clone: nn.Module, device: torch.device
+) -> tuple[tuple[KVSpec, ...], tuple[int | None, ...], int]:
+    """Run two tokens through the clone on fake tensors to see what attention and cache ask for."""
+    config: Any = clone.config
+    layers = int(config.get_text_config().num_hidden_layers)
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+        tokens = torch.zeros(1, 2, dtype=torch.long, device=device)
+        positions = torch.zeros(1, 2, dtype=torch.long, device=device)
+        rows = torch.zeros(1, dtype=torch.long, device=device)
+        step = hf.Step(rows, positions, rows, arenas=None)
+        try:
+            with hf.stepping(step):
+                logits = clone(
+                    input_ids=tokens,
+                    position_ids=positions,
+                    past_key_values=hf.arena_cache(layers),
+                    use_cache=True,
+                ).logits
+        except CaptureError:
+            raise
+        except Exception as error:
+            raise CaptureError(
+                f"{type(clone).__name__} cannot run on the KV arena: {type(error).__name__}: {error}. "
+                "djinn.check(model) says what is supported; any part of the model can be compiled as a plain module "
+                "with example_inputs."
+            ) from error
+    calls = {call.layer: call for call in step.calls}
+    missing = [str(layer) for layer in range(layers) if layer not in calls]
+    if missing or len(step.calls) != layers:
+        raise CaptureError(
+            f"{type(clone).__name__}: layers {', '.join(missing) or 'with several attention calls'} do not attend once "
+            "through the attention interface with a cache of their own (recurrent state, shared or missing KV)."
+        )
+    ordered = [calls[layer] for layer in range(layers)]
+    kv = tuple(KVSpec(call.heads, call.key_dim, call.value_dim) for call in ordered)
+    return kv, tuple(call.window for call in ordered), int(logits.shape[-1])

@@ -1,0 +1,97 @@
+"""The KV arena: every session's keys and values, resident on the device, one row a session.
+
+Each layer has two tensors ``[rows + 1, heads, positions + 1, dim]``. The last row and the last position are never read:
+dead batch rows and pad tokens write there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from djinn_fx.errors import CapacityError
+from djinn_fx.program import KVSpec, kv_name
+
+
+class KVArena:
+    """Keys and values of all layers, and which rows are free.
+
+    Args:
+        specs: what each layer keeps per position.
+        rows: number of sessions that fit.
+        positions: number of positions per session.
+        dtype: dtype of keys and values.
+        device: where they live.
+    """
+
+    def __init__(
+        self, specs: Sequence[KVSpec], rows: int, positions: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.rows, self.positions = rows, positions
+        shape = (rows + 1, positions + 1)
+        self.layers = [
+            (
+                torch.zeros(shape[0], spec.heads, shape[1], spec.key_dim, dtype=dtype, device=device),
+                torch.zeros(shape[0], spec.heads, shape[1], spec.value_dim, dtype=dtype, device=device),
+            )
+            for spec in specs
+        ]
+        self._free = list(range(rows - 1, -1, -1))
+        self.env = {
+            kv_name(layer, part): tensor
+            for layer, pair in enumerate(self.layers)
+            for part, tensor in zip("kv", pair, strict=True)
+        }
+
+    @property
+    def free_rows(self) -> int:
+        """Number of rows that no session holds."""
+        return len(self._free)
+
+    @property
+    def spare_row(self) -> int:
+        """The row that dead batch rows write to."""
+        return self.rows
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arenas."""
+        return sum(k.nbytes + v.nbytes for k, v in self.layers)
+
+    def take(self, count: int = 1) -> list[int]:
+        """Take ``count`` rows, all or none.
+
+        Raises:
+            CapacityError: fewer are free.
+        """
+        if count > len(self._free):
+            raise CapacityError(
+                f"{count} KV row(s) needed, {len(self._free)} of {self.rows} free. Close or offload() a session, or "
+                "compile with a larger max_sessions."
+            )
+        return [self._free.pop() for _ in range(count)]
+
+    def release(self, row: int) -> None:
+        """Zero a row and give it back, so that nothing of its session stays behind."""
+        for key, value in self.layers:
+            key[row].zero_()
+            value[row].zero_()
+        self._free.append(row)
+
+    def copy(self, source: int, targets: Sequence[int], length: int) -> None:
+        """Copy positions ``[0, length)`` of row ``source`` to each target row, on the device."""
+        for key, value in self.layers:
+            for target in targets:
+                key[target, :, :length].copy_(key[source, :, :length])
+                value[target, :, :length].copy_(value[source, :, :length])
+
+    def read(self, row: int, length: int) -> list[torch.Tensor]:
+        """Host copies of positions ``[0, length)``: ``k, v`` of each layer, ``[heads, length, dim]``."""
+        return [t[row, :, :length].to("cpu", copy=True) for pair in self.layers for t in pair]
+
+    def write(self, row: int, tensors: Sequence[torch.Tensor]) -> None:
+        """The inverse of :meth:`read`."""
+        flat = [tensor for pair in self.layers for tensor in pair]
+        for target, source in zip(flat, tensors, strict=True):
+            target[row, :, : source.shape[1]].copy_(source)

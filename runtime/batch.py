@@ -1,0 +1,165 @@
+"""Driving many runs together: ``as_stopped``, ``results`` and batched generation with a queue."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from djinn_fx.errors import CapacityError, InvalidValue
+from djinn_fx.runtime.results import Result
+from djinn_fx.runtime.run import Run, _Quiet
+from djinn_fx.runtime.session import Session
+from djinn_fx.runtime.stop import Stop
+from djinn_fx.specs import Edit
+
+if TYPE_CHECKING:
+    from djinn_fx.runtime.engine import Engine
+
+
+def as_stopped(engine: Engine, runs: Sequence[Run]) -> Iterator[Stop]:
+    """Drive runs together; yield every stop of a step, in the order given, before the next step.
+
+    The next step resumes every yielded stop that is not held. No step runs while the caller holds control. Ends when
+    every run is finished or held.
+    """
+    _require_one_engine(engine, runs)
+    while True:
+        moving = [run for run in runs if not run.finished and not _held(run)]
+        if not moving:
+            return
+        for stop in engine.iterate(moving):
+            if stop.current:
+                yield stop
+
+
+def _held(run: Run) -> bool:
+    return run.stop is not None and run.stop.held
+
+
+def results(engine: Engine, runs: Sequence[Run]) -> list[Result]:
+    """Drive runs together to their ends, passing over breakpoints; returns their results in order."""
+    _require_one_engine(engine, runs)
+    with _Quiet(runs):
+        while moving := [run for run in runs if not run.finished]:
+            engine.iterate(moving)
+    return [engine.result_of(run) for run in runs]
+
+
+def _require_one_engine(engine: Engine, runs: Sequence[Run]) -> None:
+    if len({id(run) for run in runs}) < len(runs):
+        raise InvalidValue("a run is named twice; give each run once.")
+    if any(run.session.engine is not engine for run in runs):
+        raise InvalidValue("a run belongs to another compiled model; drive each model's runs with its own dj.")
+    for run in runs:
+        if run.finish_reason == "closed":
+            run.session.require_open()
+            raise InvalidValue("a run was abandoned with close(); leave it out.")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt of a batched generation.
+
+    Attributes:
+        index: place in the caller's list.
+        inputs: the prompt.
+        edits: what steers it.
+        seed: its session's seed.
+    """
+
+    index: int
+    inputs: object
+    edits: tuple[Edit, ...]
+    seed: int
+
+
+def requests(
+    prompts: Sequence[object],
+    edits: Sequence[Edit] | Sequence[Sequence[Edit]] | None,
+    seeds: Sequence[int] | None,
+) -> list[Request]:
+    """Pair prompts with their edits and seeds.
+
+    Args:
+        prompts: one entry a prompt.
+        edits: one list for all, or one list per prompt.
+        seeds: one per prompt; 0, 1, 2... if None.
+
+    Raises:
+        InvalidValue: lists of other lengths.
+    """
+    if seeds is not None and len(seeds) != len(prompts):
+        raise InvalidValue(f"{len(seeds)} seeds for {len(prompts)} prompts; give one each.")
+    shared: list[Edit] = []
+    own: list[Sequence[Edit]] = []
+    for item in edits or ():
+        if isinstance(item, Edit):
+            shared.append(item)
+        else:
+            own.append(item)
+    if own and (shared or len(own) != len(prompts)):
+        raise InvalidValue(f"edits: give one list of Edits for all prompts, or {len(prompts)} lists, one per prompt.")
+    return [
+        Request(
+            index,
+            prompt,
+            tuple(own[index]) if own else tuple(shared),
+            index if seeds is None else int(seeds[index]),
+        )
+        for index, prompt in enumerate(prompts)
+    ]
+
+
+def generate(
+    engine: Engine,
+    todo: Iterable[Request],
+    begin: Callable[[Session, Request], Run],
+) -> list[Result]:
+    """Run requests batched, as many at a time as rows are free; a breakpoint that fires ends its row.
+
+    Args:
+        engine: the model's engine.
+        todo: the requests.
+        begin: starts a request's run on its session.
+
+    Raises:
+        CapacityError: no row is free at all.
+    """
+    queue, live, done = deque(todo), dict[int, Run](), dict[int, Result]()
+    try:
+        while queue or live:
+            _admit(engine, queue, live, begin)
+            stopped = engine.iterate(list(live.values()))
+            for stop in stopped:
+                stop.run.finish("breakpoint")
+            for index in [index for index, run in live.items() if run.finished]:
+                run = live.pop(index)
+                result = engine.result_of(run)
+                done[index] = replace(result, finish_reason=run.finish_reason)
+                run.session.close()
+    finally:
+        for run in live.values():
+            run.session.close()
+    return [done[index] for index in sorted(done)]
+
+
+def _admit(
+    engine: Engine, queue: deque[Request], live: dict[int, Run], begin: Callable[[Session, Request], Run]
+) -> None:
+    while queue and engine.arena.free_rows:
+        request = queue.popleft()
+        session = engine.open_session(request.seed)
+        try:
+            for edit in request.edits:
+                session.steer(edit)
+            live[request.index] = begin(session, request)
+        except BaseException:
+            session.close()
+            raise
+    if not live:
+        raise CapacityError(
+            f"no KV row is free: open sessions hold all {engine.arena.rows}. Close or offload() one, "
+            "or compile with a larger max_sessions."
+        )

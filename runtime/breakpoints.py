@@ -1,0 +1,104 @@
+"""Armed breakpoints of one run: which sites they watch and whether they fire."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from djinn_fx.errors import InvalidPredicate
+from djinn_fx.runtime.steps import Step
+from djinn_fx.sites import Site, SiteTable, require_compiled
+from djinn_fx.specs import Breakpoint
+
+
+@dataclass
+class ArmedBreakpoint:
+    """A breakpoint of one run: its sites resolved, and how many stops it may still deliver."""
+
+    spec: Breakpoint
+    sites: frozenset[str]
+    left: int | None
+
+    def watches(self, site: Site) -> bool:
+        """Whether it may still fire at ``site``."""
+        return site.name in self.sites and self.left != 0
+
+    def delivered(self) -> None:
+        """Count one delivered stop."""
+        if self.left is not None:
+            self.left -= 1
+
+    def fired(self, site: Site, step: Step, value: torch.Tensor) -> tuple[int, ...]:
+        """Absolute positions of ``step`` at which it fires.
+
+        Args:
+            site: the site looked at.
+            step: the step being run.
+            value: the site's value, ``[tokens, *feature_shape]``.
+
+        Raises:
+            InvalidPredicate: the predicate failed or did not return one bool per position.
+        """
+        matched = step.matching(self.spec.positions)
+        tokens = step.tokens_of(site)
+        rows = [index for index, token in enumerate(tokens) if matched[token]]
+        if rows and self.spec.when is not None:
+            seen = value[rows]
+            if getattr(self.spec.when, "reads_token", False):
+                seen = torch.tensor([step.tokens[tokens[row]] for row in rows])
+            answers = evaluate(self.spec, seen)
+            rows = [row for row, answer in zip(rows, answers, strict=True) if answer]
+        return tuple(step.start + tokens[row] for row in rows)
+
+
+def evaluate(spec: Breakpoint, values: torch.Tensor) -> list[bool]:
+    """Evaluate a predicate on ``values`` ``[positions, ...]``, vectorised over positions.
+
+    Raises:
+        InvalidPredicate: it raised, or its result is not a 0-d bool tensor.
+    """
+    assert spec.when is not None
+    try:
+        with torch.no_grad():
+            answers = torch.func.vmap(spec.when)(values)
+    except Exception as error:
+        raise InvalidPredicate(
+            f"the predicate of break_at({spec.site!r}) failed on a value of shape "
+            f"{tuple(values.shape[1:])}: {type(error).__name__}: {error}. It is vectorised with "
+            "torch.func.vmap: use tensor operations only, no `if` or .item() on data."
+        ) from error
+    if answers.dtype != torch.bool or answers.shape != values.shape[:1]:
+        raise InvalidPredicate(
+            f"the predicate of break_at({spec.site!r}) must return a 0-d bool tensor for each "
+            f"position; it returned dtype {answers.dtype} and shape {tuple(answers.shape[1:])}."
+        )
+    return [bool(answer) for answer in answers.tolist()]
+
+
+def arm_breakpoints(
+    specs: Iterable[str | Breakpoint],
+    table: SiteTable,
+    compiled: Sequence[Site],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> list[ArmedBreakpoint]:
+    """Resolve the ``breakpoints=`` of a call; each predicate is tried once on zeros.
+
+    Raises:
+        UnknownSite, SiteNotCompiled, InvalidPredicate: as their names say.
+    """
+    names = [site.name for site in compiled]
+    armed = []
+    for given in (specs,) if isinstance(specs, (str, Breakpoint)) else specs:
+        spec = Breakpoint(given) if isinstance(given, str) else given
+        sites = [require_compiled(site, names) for site in table.select(spec.site)]
+        if spec.when is not None:
+            for shape in {site.feature_shape for site in sites}:
+                trial = torch.zeros((2, *shape), dtype=dtype, device=device)
+                if getattr(spec.when, "reads_token", False):
+                    trial = torch.zeros(2, dtype=torch.int64)
+                evaluate(spec, trial)
+        armed.append(ArmedBreakpoint(spec, frozenset(s.name for s in sites), spec.times))
+    return armed

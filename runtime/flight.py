@@ -1,0 +1,83 @@
+"""A step in the air: begun, perhaps executed, not yet part of the session's history."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from djinn_fx.errors import InternalError
+from djinn_fx.runtime.executor import Chunk, StepValues
+from djinn_fx.runtime.steps import Step
+from djinn_fx.runtime.tables import acting, site_row
+from djinn_fx.sites import Site
+
+
+@dataclass
+class Flight:
+    """The step a run is in.
+
+    A decode step is speculative: it ran to its end and ``values`` hold what it left at every site; a change makes
+    ``values`` None, and the step runs again with the change injected. A prompt chunk stops for real: ``chunk`` holds
+    its environment between two segments.
+
+    Attributes:
+        step: the step, with what the user changed in it so far.
+        passed: order of the last site that was delivered or passed; -1 at the start.
+        values: a decode step's values, once executed.
+        chunk: a prompt chunk's execution, once begun.
+    """
+
+    step: Step
+    passed: int = -1
+    values: StepValues | None = None
+    chunk: Chunk | None = None
+
+    def value(self, site: Site) -> torch.Tensor:
+        """Value of a site that the step has reached: ``[tokens, *feature_shape]``, a view."""
+        if self.chunk is not None:
+            return site_row(site, self.chunk.env, 0, self.step)
+        if self.values is None:
+            raise InternalError(f"the value of {site.name!r} was asked for before its step ran")
+        return self.values.value(site)
+
+    def logits(self) -> torch.Tensor:
+        """Logits of the kept positions of a complete step, ``[kept, vocab]``, a view."""
+        if self.chunk is not None:
+            return StepValues(self.step, 0, self.chunk.env).logits
+        if self.values is None:
+            raise InternalError("logits were asked for before their step ran")
+        return self.values.logits
+
+    def replace(self, site: Site, value: torch.Tensor) -> None:
+        """Put the user's value in the place of a site's value; what follows is computed from it."""
+        self.step = self.step.edited(site.name, value.clone())
+        if self.chunk is None:
+            self.values = None
+            return
+        whole = self.chunk.env[site.name].clone()
+        whole[0, : value.shape[0]] = value
+        self.chunk.env[site.name] = whole
+
+    def steer(self, steering: object, sites: tuple[Site, ...]) -> None:
+        """Let new edits act at the sites behind the one just passed."""
+        before = self.step
+        self.step = before.steered(self.passed, steering)  # type: ignore[arg-type]
+        later = [site for site in sites if site.order > self.passed]
+        if any(acting(before, site) is not acting(self.step, site) for site in later):
+            self.values = None
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors of one shape and dtype are equal bit for bit, NaN and -0.0 included."""
+    return torch.equal(bits(a), bits(b))
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor's bits as integers of the same width."""
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    if tensor.dtype == torch.bool:
+        return tensor.to(torch.uint8)
+    return tensor.contiguous().view(kinds[tensor.element_size()])

@@ -1,0 +1,114 @@
+"""Users' inputs made into token lists, and outputs put back into the users' layout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from djinn_fx.errors import InvalidValue
+
+if TYPE_CHECKING:
+    from djinn_fx.runtime.engine import Tokenizer
+
+_FORMS = "a str, a list of ints, a LongTensor [T] or [1, T], or a mapping with 'input_ids'"
+
+
+def one_prompt(inputs: object, tokenizer: Tokenizer | None, vocab_size: int) -> list[int]:
+    """The tokens of one prompt.
+
+    Raises:
+        InvalidValue: not one prompt, a text without a tokenizer, or token ids outside the vocabulary.
+    """
+    batch = prompt_batch(inputs, tokenizer, vocab_size)
+    if len(batch.rows) != 1:
+        raise InvalidValue(
+            f"one prompt was expected, but the input holds {len(batch.rows)}. Use dj.generate(prompts) or dj(inputs) "
+            "for several."
+        )
+    return batch.rows[0]
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """Prompts without pads, and where each token stood in the user's layout.
+
+    Attributes:
+        rows: tokens of each prompt.
+        places: for each prompt, the column of each of its tokens.
+        width: columns of the user's layout.
+    """
+
+    rows: list[list[int]]
+    places: list[list[int]]
+    width: int
+
+    def spread(self, values: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Rows ``[tokens, ...]`` put into the user's layout ``[B, width, ...]``, zeros at pads."""
+        first = values[0]
+        out = first.new_zeros((len(values), self.width, *first.shape[1:]))
+        for row, (value, places) in enumerate(zip(values, self.places, strict=True)):
+            out[row, places] = value
+        return out
+
+    def gather(self, spread: torch.Tensor, row: int) -> torch.Tensor:
+        """The inverse of :meth:`spread` for one row: ``[tokens, ...]``."""
+        return spread[row, self.places[row]]
+
+
+def prompt_batch(inputs: object, tokenizer: Tokenizer | None, vocab_size: int) -> PromptBatch:
+    """Tokens of one or many prompts; ``attention_mask`` removes pads, left or right.
+
+    Raises:
+        InvalidValue: a form that is not understood, ids outside the vocabulary, or a mask of another shape.
+    """
+    mask: object = None
+    if isinstance(inputs, Mapping):
+        if "input_ids" not in inputs:
+            raise InvalidValue(f"the mapping has no 'input_ids' (keys: {', '.join(map(str, inputs))}).")
+        inputs, mask = inputs["input_ids"], inputs.get("attention_mask")
+    rows = _rows(inputs, tokenizer)
+    masks = _rows(mask, None) if mask is not None else [[1] * len(row) for row in rows]
+    if [len(row) for row in masks] != [len(row) for row in rows]:
+        raise InvalidValue("attention_mask and input_ids differ in shape.")
+    places = [[i for i, seen in enumerate(row) if seen] for row in masks]
+    for row, where in zip(rows, places, strict=True):
+        if where and where != list(range(where[0], where[-1] + 1)):
+            raise InvalidValue(
+                "attention_mask hides a token between two visible ones; pads may stand left or right only."
+            )
+        for token in (row[i] for i in where):
+            if not 0 <= token < vocab_size:
+                raise InvalidValue(f"token id {token} is outside the vocabulary of {vocab_size}.")
+    kept = [[row[i] for i in where] for row, where in zip(rows, places, strict=True)]
+    return PromptBatch(kept, places, max((len(row) for row in rows), default=0))
+
+
+def _rows(inputs: object, tokenizer: Tokenizer | None) -> list[list[int]]:
+    if isinstance(inputs, str):
+        return [_encode(inputs, tokenizer)]
+    if isinstance(inputs, torch.Tensor):
+        if inputs.dtype.is_floating_point or inputs.dim() not in (1, 2):
+            raise InvalidValue(
+                f"token ids must be integers of shape [T] or [B, T], got {inputs.dtype} {tuple(inputs.shape)}."
+            )
+        return [row.tolist() for row in (inputs[None] if inputs.dim() == 1 else inputs)]
+    if isinstance(inputs, Sequence):
+        items = list(inputs)
+        if all(isinstance(item, int) and not isinstance(item, bool) for item in items):
+            return [items]
+        rows: list[list[int]] = []
+        for item in items:
+            rows += prompt_batch(item, tokenizer, 1 << 62).rows if isinstance(item, Mapping) else _rows(item, tokenizer)
+        return rows
+    raise InvalidValue(f"cannot read {type(inputs).__name__} as a prompt; give {_FORMS}.")
+
+
+def _encode(text: str, tokenizer: Tokenizer | None) -> list[int]:
+    if tokenizer is None:
+        raise InvalidValue(
+            "a prompt given as text needs a tokenizer: djinn.compile(model, tokenizer=...), or give token ids."
+        )
+    return [int(token) for token in tokenizer(text)["input_ids"]]

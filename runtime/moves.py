@@ -1,0 +1,124 @@
+"""Moves through a session's history: replay to a place, rewind, fork, recompute."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from djinn_fx.runtime.executor import Chunk
+from djinn_fx.runtime.flight import Flight, same_bits
+from djinn_fx.runtime.planner import flight_of
+from djinn_fx.runtime.run import Run
+from djinn_fx.runtime.session import Session, recomputed
+from djinn_fx.runtime.steering import Armed
+from djinn_fx.runtime.steps import Step
+from djinn_fx.runtime.stop import Stop
+from djinn_fx.runtime.tables import BatchRow
+from djinn_fx.sites import Site
+
+if TYPE_CHECKING:
+    from djinn_fx.runtime.engine import Engine
+
+
+@torch.no_grad()
+def execute(engine: Engine, session: Session, step: Step, until: Site | None) -> Flight:
+    """Execute a step of a session alone, in its own program shape: whole, or up to ``until``.
+
+    The caller holds the lock; the KV before ``step.start`` is what the step saw the first time, so the bits are too.
+    """
+    flight, row = Flight(step), BatchRow(session.row, step)
+    if step.decodes:
+        flight.values = engine.executor.decode([row])[0]
+    else:
+        flight.chunk = engine.executor.begin(row)
+        engine.executor.advance(flight.chunk, None if until is None else until.name)
+    return flight
+
+
+def arrive(engine: Engine, run: Run, step: Step, site: Site) -> Stop:
+    """Put a run into the middle of ``step``, stopped after ``site``."""
+    engine.bring_back(run.session)
+    run.flight = execute(engine, run.session, step, site)
+    return engine.deliver(run, site, ())
+
+
+def rewind(engine: Engine, run: Run, index: int, site: Site) -> Stop:
+    """Go back to the step at journal ``index`` (the journal's length: the one in the air)."""
+    session = run.session
+    step = session.journal[index] if index < len(session.journal) else flight_of(run).step
+    orders = {known.name: known.order for known in engine.table.sites}
+    target = step.until(site.order, orders)
+    del session.journal[index:]
+    del run.records[max(0, index - run.first_step) + _drawn_first(run) :]
+    known = max(run.prompt_end, target.stop)
+    del session.token_list[known:], session.sampled[known:]
+    session.length, session.last_logits = target.start, None
+    session.steering = target.steering_at(site.order)
+    run.finished, run.finish_reason = False, None
+    return arrive(engine, run, target, site)
+
+
+def _drawn_first(run: Run) -> int:
+    """1 if the run's first record is a token drawn from an earlier call's logits, else 0."""
+    return int(bool(run.records) and not run.records[0].stepped)
+
+
+def fork(engine: Engine, run: Run, n: int, seeds: Sequence[int] | None) -> list[Stop]:
+    """Copy a stopped session ``n`` times, all or none; each copy stands at the same place."""
+    session, stop = run.session, run.stop
+    assert stop is not None
+    engine.bring_back(session)
+    rows = engine.arena.take(n)
+    engine.arena.copy(session.row, rows, session.extent)
+    site = engine.table.get(stop.site)
+    made = []
+    for index, row in enumerate(rows):
+        child = Session(engine, row, session.seed)
+        child.inherit(session, session.seed if seeds is None else int(seeds[index]))
+        engine.sessions.append(child)
+        session.children.append(child)
+        twin = run.twin(child)
+        twin.flight = _copy_flight(engine, flight_of(run), row)
+        child.adopt(twin)
+        copied = engine.deliver(twin, site, stop.fired)
+        copied.value = stop.value
+        made.append(copied)
+    return made
+
+
+def _copy_flight(engine: Engine, flight: Flight, row: int) -> Flight:
+    """The same step in the air for another row; values are shared, since nothing mutates them."""
+    copied = replace(flight)
+    if flight.chunk is not None:
+        chunk = Chunk(flight.chunk.program, dict(flight.chunk.env), flight.chunk.next_segment)
+        engine.executor.refresh(chunk, BatchRow(row, flight.step))
+        copied.chunk = chunk
+    return copied
+
+
+def recompute(engine: Engine, session: Session, armed: Armed) -> None:
+    """Run a session's steps again from its first token, as if ``armed`` had always acted.
+
+    Tokens, the user's edits at stops and all other steering stay. A run that stands at a stop stands at a new stop of
+    the same place afterwards; a value the user changed there stays changed.
+    """
+    engine.bring_back(session)
+    session.journal = recomputed(session.journal, armed)
+    for step in session.journal:
+        execute(engine, session, step, None)
+    run = session.run
+    if run is None or run.flight is None:
+        return
+    flight, stop = run.flight, run.stop
+    (step,) = recomputed([flight.step], armed)
+    if stop is None:
+        run.flight = Flight(step)
+        return
+    site = engine.table.get(stop.site)
+    changed = not same_bits(stop.value, flight.value(site))
+    fresh = arrive(engine, run, step, site)
+    if changed:
+        fresh.value = stop.value

@@ -1,0 +1,246 @@
+"""Whole-prompt calls that need no session: forward, caches, hooks, logit lens, the first NaN.
+
+They run the same segments as sessions do, over a scratch arena of their own, all prompts of a call as one batch. Any
+site works, compiled in or not: a program with the wanted cuts is made for the call.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from djinn_fx.errors import CapacityError, InvalidValue
+from djinn_fx.program import LOGITS, KVSpec
+from djinn_fx.runtime.arena import KVArena
+from djinn_fx.runtime.executor import Env, run_segments
+from djinn_fx.runtime.inputs import PromptBatch
+from djinn_fx.runtime.programs import SMALLEST_CHUNK, ProgramCache, bucket
+from djinn_fx.runtime.steps import Step
+from djinn_fx.runtime.tables import BatchRow, step_inputs
+from djinn_fx.sites import Site, SiteTable
+from djinn_fx.specs import ProgramShape
+
+#: A hook as TransformerLens calls it: ``fn(value, hook)``; a one-argument ``fn(value)`` works too.
+Hook = Callable[..., torch.Tensor | None]
+
+
+@dataclass(frozen=True)
+class HookPoint:
+    """What a hook is told about its place."""
+
+    name: str
+    layer: int | None
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What one pass over a batch of prompts shall do.
+
+    Attributes:
+        sites: sites to cut at, in execution order.
+        logits: trailing positions whose logits are wanted; None for all, 0 for none.
+        chunk: prompt tokens per program.
+        last: the last site needed, after which the pass may end; None to run to the end.
+    """
+
+    sites: tuple[Site, ...]
+    logits: int | None
+    chunk: int
+    last: Site | None = None
+
+
+#: Called at each site of each chunk with ``(site, env, rows)``: ``rows`` are the steps of the chunk.
+Visit = Callable[[Site, Env, Sequence[Step]], None]
+
+
+@dataclass
+class Observer:
+    """Runs whole prompts through programs over scratch arenas.
+
+    Attributes:
+        programs: where programs come from.
+        table: all sites of the model.
+        kv: what each layer keeps.
+        dtype: the model's dtype.
+        device: the model's device.
+        chunk: prompt tokens per program.
+        max_length: longest prompt.
+        windows: sliding window of each layer, None where it sees everything.
+    """
+
+    programs: ProgramCache
+    table: SiteTable
+    kv: Sequence[KVSpec]
+    dtype: torch.dtype
+    device: torch.device
+    chunk: int
+    max_length: int
+    windows: tuple[int | None, ...] = ()
+
+    @torch.no_grad()
+    def sweep(self, batch: PromptBatch, plan: Sweep, visit: Visit | None = None) -> list[torch.Tensor]:
+        """Run a batch of prompts; returns each row's logits ``[kept, vocab]`` (nothing if none are wanted)."""
+        lengths = [len(row) for row in batch.rows]
+        if not lengths or not min(lengths):
+            raise InvalidValue("a prompt is empty; give at least one token in each.")
+        if max(lengths) > self.max_length:
+            raise CapacityError(
+                f"a prompt has {max(lengths)} tokens, but the model was compiled for max_length={self.max_length}."
+            )
+        rows = bucket(len(lengths))
+        arena = KVArena(self.kv, rows, max(lengths), self.dtype, self.device)
+        logits: list[list[torch.Tensor]] = [[] for _ in lengths]
+        for start in range(0, max(lengths), plan.chunk):
+            steps = self._steps(batch, start, plan)
+            env = self._run(steps, arena, plan, visit)
+            if LOGITS not in env:
+                continue
+            for index, step in enumerate(steps):
+                count = min(len(step.tokens), step.shape.keep)
+                if count:
+                    logits[index].append(env[LOGITS][index, :count].clone())
+        kept = [torch.cat(parts) for parts in logits if parts]
+        return [row[-plan.logits :] for row in kept] if plan.logits else kept
+
+    def _steps(self, batch: PromptBatch, start: int, plan: Sweep) -> list[Step]:
+        width = min(plan.chunk, max(len(row) for row in batch.rows) - start)
+        query = min(plan.chunk, bucket(width, SMALLEST_CHUNK)) if plan.chunk > 1 else 1
+        keep = query
+        if plan.logits is not None and all(len(row) <= plan.chunk for row in batch.rows):
+            keep = min(query, max(1, plan.logits))
+        shape = ProgramShape(bucket(len(batch.rows)), query, keep)
+        return [
+            Step(
+                start=start if len(row) > start else 0,
+                tokens=tuple(row[start : start + plan.chunk]),
+                sampled=(False,) * len(row[start : start + plan.chunk]),
+                last_prompt=len(row) - 1,
+                shape=shape,
+                steering=(),
+            )
+            for row in batch.rows
+        ]
+
+    def _run(self, steps: Sequence[Step], arena: KVArena, plan: Sweep, visit: Visit | None) -> Env:
+        shape = steps[0].shape
+        program = self.programs.get(shape, "plain", plan.sites)
+        rows = [BatchRow(index, step) for index, step in enumerate(steps)]
+        env = step_inputs(rows, shape, arena.spare_row, self.device) | arena.env
+        done = 0
+        for site in plan.sites:
+            segment = program.segment_of(site.name)
+            run_segments(program, env, done, segment)
+            done = segment + 1
+            if visit is not None:
+                visit(site, env, steps)
+            if plan.last is not None and site.name == plan.last.name:
+                return env
+        run_segments(program, env, done, len(program.segments) - 1)
+        return env
+
+    # -- the calls -----------------------------------------------------------------------------
+
+    def capture(self, batch: PromptBatch, plan: Sweep) -> tuple[list[torch.Tensor], dict[str, list[torch.Tensor]]]:
+        """Run a batch and keep every site's value: by site, per row, ``[tokens, *feature_shape]``."""
+        found: dict[str, list[list[torch.Tensor]]] = {
+            site.name: [[] for _ in batch.rows] for site in plan.sites
+        }
+
+        def keep(site: Site, env: Env, steps: Sequence[Step]) -> None:
+            for index, step in enumerate(steps):
+                if step.tokens:
+                    value = env[site.name][index, : len(step.tokens_of(site))]
+                    found[site.name][index].append(value.clone())
+
+        logits = self.sweep(batch, plan, keep)
+        return logits, {name: [torch.cat(parts) for parts in rows] for name, rows in found.items()}
+
+    def with_hooks(
+        self, batch: PromptBatch, hooks: Sequence[tuple[Site, Hook]], logits: int | None
+    ) -> list[torch.Tensor]:
+        """Run a batch with hooks that see and may change ``[B, width, *feature_shape]``; returns logits by row.
+
+        The whole prompt is one chunk, so that each hook is called once.
+
+        Raises:
+            InvalidValue: a hook returned another shape or dtype.
+        """
+        chosen = {site.name: site for site, _ in hooks}
+        sites = tuple(sorted(chosen.values(), key=lambda site: site.order))
+
+        def call(site: Site, env: Env, steps: Sequence[Step]) -> None:
+            value = batch.spread([env[site.name][i, : len(step.tokens)] for i, step in enumerate(steps)])
+            for place, hook in hooks:
+                if place.name == site.name:
+                    value = _call_hook(hook, value, place)
+            whole = env[site.name].clone()
+            for index, step in enumerate(steps):
+                whole[index, : len(step.tokens)] = batch.gather(value, index)
+            env[site.name] = whole
+
+        longest = max((len(row) for row in batch.rows), default=1)
+        needs_all = any(site.axis == "kept" for site in sites)
+        plan = Sweep(sites, None if needs_all else logits, bucket(longest, SMALLEST_CHUNK))
+        rows = self.sweep(batch, plan, call)
+        return [row[-logits:] for row in rows] if logits else rows
+
+    def first_nonfinite(
+        self, batch: PromptBatch, sites: Sequence[Site]
+    ) -> tuple[Site, list[tuple[int, int]]] | None:
+        """The first site with a NaN or Inf and its ``(row, position)`` pairs; None if all is finite."""
+        found: dict[str, list[tuple[int, int]]] = {}
+
+        def look(site: Site, env: Env, steps: Sequence[Step]) -> None:
+            for index, step in enumerate(steps):
+                count = len(step.tokens)
+                bad = ~torch.isfinite(env[site.name][index, :count].flatten(1)).all(-1)
+                found.setdefault(site.name, []).extend(
+                    (index, step.start + int(token)) for token in bad.nonzero()[:, 0]
+                )
+
+        self.sweep(batch, Sweep(tuple(sites), None, self.chunk), look)
+        return next(((site, found[site.name]) for site in sites if found.get(site.name)), None)
+
+    @torch.no_grad()
+    def unembed(self, h: torch.Tensor, last: Site) -> torch.Tensor:
+        """Final norm, head, softcap and scale on residuals ``[..., width]``; returns ``[..., vocab]``.
+
+        Raises:
+            InvalidValue: another width.
+        """
+        if h.dim() == 0 or h.shape[-1] != last.width:
+            raise InvalidValue(f"unembed: expected [..., {last.width}], got {tuple(h.shape)}.")
+        flat = h.to(self.device, self.dtype).reshape(1, -1, last.width)
+        pieces = []
+        for start in range(0, flat.shape[1], self.chunk):
+            piece = flat[:, start : start + self.chunk]
+            count = piece.shape[1]
+            query = min(self.chunk, bucket(count, SMALLEST_CHUNK)) if self.chunk > 1 else 1
+            program = self.programs.get(ProgramShape(1, query, query), "plain", (last,))
+            env: Env = {last.name: piece.new_zeros(1, query, last.width)}
+            env[last.name][:, :count] = piece
+            done = program.segment_of(last.name) + 1
+            run_segments(program, env, done, len(program.segments) - 1)
+            pieces.append(env[LOGITS][0, :count])
+        return torch.cat(pieces).reshape(*h.shape[:-1], -1)
+
+
+def _call_hook(hook: Hook, value: torch.Tensor, site: Site) -> torch.Tensor:
+    point = HookPoint(site.name, site.layer)
+    try:
+        inspect.signature(hook).bind(value, hook=point)
+    except TypeError:
+        returned = hook(value)
+    else:
+        returned = hook(value, hook=point)
+    if returned is None:
+        return value
+    if returned.shape != value.shape or returned.dtype != value.dtype:
+        raise InvalidValue(
+            f"the hook at {site.name!r} returned {tuple(returned.shape)} {returned.dtype}; expected "
+            f"{tuple(value.shape)} {value.dtype}, or None."
+        )
+    return returned

@@ -1,0 +1,136 @@
+"""What comes next for a run: its next step, which rows decode together, what fires, when it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from djinn_fx.errors import InternalError, InvalidValue
+from djinn_fx.runtime.flight import Flight
+from djinn_fx.runtime.programs import SMALLEST_CHUNK, bucket
+from djinn_fx.runtime.steps import Step
+from djinn_fx.sites import Site, SiteTable, require_compiled
+from djinn_fx.specs import ProgramShape
+
+if TYPE_CHECKING:
+    from djinn_fx.runtime.engine import EngineOptions
+    from djinn_fx.runtime.run import Run
+    from djinn_fx.runtime.session import Session
+
+
+def flight_of(run: Run) -> Flight:
+    """The step in the air of a run that has one."""
+    if run.flight is None:
+        raise InternalError("a run without a step in the air was asked for it")
+    return run.flight
+
+
+def capturable(table: SiteTable, compiled: Sequence[str], capture: Iterable[str]) -> tuple[Site, ...]:
+    """Resolve ``capture=``; raises UnknownSite and SiteNotCompiled."""
+    chosen = table.select(capture) if isinstance(capture, str) else table.select(list(capture))
+    return tuple(require_compiled(site, compiled) for site in chosen)
+
+
+def require_tokens(session: Session, prompt: Sequence[int], kind: str) -> None:
+    """Raise :class:`InvalidValue` where a call has nothing to forward."""
+    if prompt or (kind == "generate" and session.token_list):
+        return
+    raise InvalidValue(
+        "the prompt is empty. Give at least one token"
+        + ("; only generate() on a session that holds tokens goes without." if kind == "generate" else ".")
+    )
+
+
+def next_is_decode(run: Run) -> bool:
+    """Whether the next step is a decode step: one token is left to forward, and it was sampled."""
+    session = run.session
+    return session.length == len(session.token_list) - 1 and session.sampled[session.length]
+
+
+def next_chunk(run: Run, options: EngineOptions) -> Step:
+    """The next prompt chunk, on the fixed grid that starts at the call's first position."""
+    session, size = run.session, options.prefill_chunk
+    start = session.length
+    grid = run.begin + ((start - run.begin) // size + 1) * size
+    stop = min(grid, len(session.token_list))
+    query = min(size, bucket(stop - start, SMALLEST_CHUNK)) if size > 1 else 1
+    keep = query if run.options.kind == "forward" else 1
+    return make_step(run, start, stop, ProgramShape(1, query, keep))
+
+
+def make_step(run: Run, start: int, stop: int, shape: ProgramShape) -> Step:
+    """A fresh step over positions ``[start, stop)`` under the session's current steering."""
+    session = run.session
+    gave = run.prompt_end > run.prompt_start
+    return Step(
+        start=start,
+        tokens=tuple(session.token_list[start:stop]),
+        sampled=tuple(session.sampled[start:stop]),
+        last_prompt=run.prompt_end - 1 if gave else -1,
+        shape=shape,
+        steering=((-1, session.steering),),
+    )
+
+
+def decode_groups(runs: Sequence[Run], options: EngineOptions) -> Iterator[list[Run]]:
+    """Group runs into decode batches, giving each fresh one its step.
+
+    A step that was interrupted runs again in the row bucket it first ran in; fresh ones take the bucket of the batch.
+    """
+    redone = [run for run in runs if run.flight is not None]
+    fresh = [run for run in runs if run.flight is None]
+    invariant = bucket(options.max_sessions)
+    natural = invariant if options.batch_invariant else min(bucket(len(runs)), options.max_bucket)
+    for run in fresh:
+        length = run.session.length
+        run.flight = Flight(make_step(run, length, length + 1, ProgramShape(natural, 1, 1)))
+    by_rows: dict[int, list[Run]] = {}
+    for run in [*redone, *fresh]:
+        by_rows.setdefault(flight_of(run).step.shape.rows, []).append(run)
+    for rows, group in by_rows.items():
+        for first in range(0, len(group), rows):
+            yield group[first : first + rows]
+
+
+def watched(run: Run, flight: Flight, sites: Sequence[Site]) -> list[Site]:
+    """The sites ahead at which the run may stop in this step, in execution order."""
+    ahead = [site for site in sites if site.order > flight.passed]
+    target = run.target
+    if target is not None:
+        step = len(run.session.journal)
+        due = [s for s in ahead if step > target.step or (step == target.step and s.order >= target.order)]
+        return due[:1]
+    if run.silent:
+        return []
+    return [site for site in ahead if any(point.watches(site) for point in run.breakpoints)]
+
+
+def fired(run: Run, flight: Flight, site: Site) -> tuple[int, ...] | None:
+    """Positions at which the run's breakpoints fire at ``site``; None for no stop.
+
+    Each breakpoint that fires counts one delivered stop. Predicates are the user's code: no lock is held.
+    """
+    if run.target is not None:
+        return ()
+    positions: set[int] = set()
+    for point in run.breakpoints:
+        if point.watches(site):
+            found = point.fired(site, flight.step, flight.value(site))
+            if found:
+                positions.update(found)
+                point.delivered()
+    return tuple(sorted(positions)) if positions else None
+
+
+def conclude(run: Run, token: int | None, options: EngineOptions) -> None:
+    """End the run if its last committed step was the last one."""
+    if token is None:
+        run.finish(None)
+    elif token in options.eos:
+        run.finish("eos")
+    elif token in run.options.stop_token_ids:
+        run.finish("stop_token")
+    elif run.generated >= run.options.max_new_tokens:
+        run.finish("length")
+    elif run.session.length >= options.max_length:
+        run.finish("length")

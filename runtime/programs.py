@@ -1,0 +1,48 @@
+"""Which program runs a step: programs are made when first needed and kept by shape, variant and sites."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from djinn_fx.program import Program
+from djinn_fx.sites import Site
+from djinn_fx.specs import ProgramShape, Variant
+
+Builder = Callable[[ProgramShape, Variant, Sequence[Site]], Program]
+
+#: Smallest query length a prompt chunk is padded to.
+SMALLEST_CHUNK = 16
+
+
+def bucket(count: int, smallest: int = 1) -> int:
+    """The smallest power of two that holds ``count``, at least ``smallest``."""
+    size = smallest
+    while size < count:
+        size *= 2
+    return size
+
+
+@dataclass
+class ProgramCache:
+    """Programs by shape, variant and compiled sites.
+
+    Attributes:
+        build: makes a program; this is how the compiler's work reaches the runtime.
+    """
+
+    build: Builder
+    _programs: dict[tuple[ProgramShape, Variant, tuple[str, ...]], Program] = field(
+        default_factory=dict
+    )
+
+    def get(self, shape: ProgramShape, variant: Variant, sites: Sequence[Site]) -> Program:
+        """The program of this shape, variant and sites, made now if it is the first time."""
+        key = (shape, variant, tuple(site.name for site in sites))
+        if key not in self._programs:
+            self._programs[key] = self.build(shape, variant, sites)
+        return self._programs[key]
+
+    def made(self) -> tuple[Program, ...]:
+        """All programs made so far, oldest first."""
+        return tuple(self._programs.values())

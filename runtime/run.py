@@ -1,0 +1,281 @@
+"""Runs: one forward or generate call of a session, an iterator of stops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from djinn_fx.errors import InvalidValue, SessionClosed, StaleStop
+from djinn_fx.runtime.breakpoints import ArmedBreakpoint
+from djinn_fx.runtime.flight import Flight
+from djinn_fx.runtime.results import Cache, Result, StepRecord
+from djinn_fx.runtime.sampling import SamplingSpec
+from djinn_fx.sites import Site, require_compiled
+
+if TYPE_CHECKING:
+    from djinn_fx.runtime.session import Session
+    from djinn_fx.runtime.stop import Stop
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What a call asked for, apart from its sites.
+
+    Attributes:
+        kind: ``"forward"`` or ``"generate"``.
+        max_new_tokens: tokens to generate at most.
+        sampling: how tokens are drawn.
+        stop_token_ids: tokens that end the run beside EOS.
+        on_token: called with each new token.
+        output_logits: whether the result keeps the new tokens' logits.
+    """
+
+    kind: Literal["forward", "generate"]
+    max_new_tokens: int = 0
+    sampling: SamplingSpec = field(default_factory=SamplingSpec)
+    stop_token_ids: frozenset[int] = frozenset()
+    on_token: Callable[[int], object] | None = None
+    output_logits: bool = False
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where ``stop.step`` goes: the first site with ``order`` or later, from journal index ``step`` on."""
+
+    step: int
+    order: int
+
+
+class Run:
+    """One call, lazily executed. Iterating it yields stops; advancing resumes.
+
+    A run that is not advanced is paused. Leaving the loop leaves it stopped; iterating again goes on.
+
+    Attributes:
+        session: the session it belongs to.
+        options: what the call asked for.
+        begin: session position of the first token it forwards; the prompt's chunk grid starts there.
+        prompt_start: index of the first token that the call itself gave.
+        prompt_end: index after the last token that the call gave.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        options: RunOptions,
+        span: tuple[int, int, int],
+        breakpoints: Sequence[ArmedBreakpoint] = (),
+        capture: Sequence[Site] = (),
+    ) -> None:
+        self.session, self.options = session, options
+        self.begin, self.prompt_start, self.prompt_end = span
+        self.breakpoints, self.capture = list(breakpoints), tuple(capture)
+        self.first_step = len(session.journal)
+        self.records: list[StepRecord] = []
+        self.flight: Flight | None = None
+        self.target: Target | None = None
+        self.silent = False
+        self.finish_reason: str | None = None
+        self.finished = False
+        self.driving = False
+        self.stopped_early = False
+        self._stop: Stop | None = None
+
+    # -- iteration -----------------------------------------------------------------------------
+
+    def __iter__(self) -> Iterator[Stop]:
+        return self
+
+    def __next__(self) -> Stop:
+        stop = self._go()
+        if stop is None:
+            raise StopIteration
+        return stop
+
+    def _go(self) -> Stop | None:
+        """Go on to the next stop; None at the end."""
+        self._require_alive()
+        while not self.finished:
+            stops = self.session.engine.iterate([self])
+            if stops:
+                return stops[0]
+        return None
+
+    def result(self) -> Result:
+        """Go on to the end without stopping again, and return the outcome.
+
+        Raises:
+            SessionClosed: the session was closed or the run abandoned.
+        """
+        self.run_to_end()
+        return self.session.engine.result_of(self)
+
+    def run_to_end(self) -> None:
+        """Go on to the end without stopping again."""
+        with self.quiet():
+            self._go()
+
+    def quiet(self) -> _Quiet:
+        """A context in which the run passes over its breakpoints."""
+        return _Quiet([self])
+
+    # -- state ---------------------------------------------------------------------------------
+
+    @property
+    def stop(self) -> Stop | None:
+        """Where the run stands now, or None if it does not stand at a stop."""
+        return self._stop
+
+    def stand_at(self, stop: Stop | None) -> None:
+        """Record where the run stands; earlier stops become stale."""
+        self._stop = stop
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """The call's prompt and what was generated so far, int64 ``[T]`` on the CPU."""
+        return torch.tensor(self.session.token_list[self.prompt_start :], dtype=torch.int64)
+
+    @property
+    def generated(self) -> int:
+        """Number of tokens sampled so far by this run."""
+        return max(0, len(self.session.token_list) - self.prompt_end)
+
+    @property
+    def text(self) -> str | None:
+        """The generated text so far where the model has a tokenizer, else None."""
+        return self.session.engine.decode_text(self.session.token_list[self.prompt_end :])
+
+    def finish(self, reason: str | None) -> None:
+        """Mark the run finished."""
+        self.finished, self.finish_reason, self.flight = True, reason, None
+        self.stand_at(None)
+
+    def close(self) -> None:
+        """Abandon the run: what is committed stays, the rest of the prompt is dropped."""
+        with self.session.engine.lock:
+            self.abandon()
+
+    def abandon(self) -> None:
+        """:meth:`close` for callers that hold the lock."""
+        if self.finished:
+            return
+        self.finish("closed")
+        session = self.session
+        keep = session.length
+        if keep < len(session.token_list) and session.sampled[keep]:
+            keep += 1
+        del session.token_list[keep:], session.sampled[keep:]
+
+    def _require_alive(self) -> None:
+        if self.finish_reason == "closed":
+            raise SessionClosed("this run was abandoned with close(); start another on its session.")
+        self.session.require_open()
+
+    # -- moving --------------------------------------------------------------------------------
+
+    def step_to_next(self) -> Stop | None:
+        """From a stop to the next compiled site."""
+        flight = self.flight
+        assert flight is not None
+        return self._go_to(Target(len(self.session.journal), flight.passed + 1))
+
+    def step_tokens(self, site: Site, steps: int) -> Stop | None:
+        """From a stop to the same site some steps on."""
+        return self._go_to(Target(len(self.session.journal) + steps, site.order))
+
+    def _go_to(self, target: Target) -> Stop | None:
+        self.target = target
+        try:
+            return self._go()
+        finally:
+            self.target = None
+
+    def rewind(self, position: int, site: str | None = None) -> Stop:
+        """Go back to the step that covers ``position`` and stop there after ``site``.
+
+        What the journal holds before that place is replayed in the same program, what lies behind it is discarded:
+        later tokens, edits and steering changes. An edit of ``site`` itself is discarded too.
+
+        Args:
+            position: absolute position, within this run.
+            site: a compiled site; the first one if None.
+
+        Raises:
+            InvalidValue: a position outside this run or not computed yet.
+            UnknownSite, SiteNotCompiled, SessionClosed.
+            StaleStop: the session has a newer run.
+        """
+        engine = self.session.engine
+        self._require_alive()
+        chosen = engine.sites[0] if site is None else engine.table.get(site)
+        require_compiled(chosen, engine.compiled_names)
+        with engine.lock:
+            if self.session.run is not self:
+                raise StaleStop("cannot rewind: the session has a newer run; rewind that one.")
+            return engine.rewind(self, self._step_index(position), chosen)
+
+    def _step_index(self, position: int) -> int:
+        """Journal index of the step that covers a position; the journal's length for the one in the air."""
+        journal = self.session.journal
+        for index in range(self.first_step, len(journal)):
+            if journal[index].start <= position < journal[index].stop:
+                return index
+        flight = self.flight
+        if flight is not None and flight.step.start <= position < flight.step.stop:
+            return len(journal)
+        reached = flight.step.stop if flight is not None else self.session.length
+        raise InvalidValue(
+            f"rewind(position={position}): this run covers positions {self.begin} to "
+            f"{max(self.begin, reached - 1)} so far; positions are absolute and 0-based."
+        )
+
+    def fork(self, n: int, seeds: Sequence[int] | None) -> list[Stop]:
+        """See :meth:`Stop.fork`."""
+        if n < 1 or (seeds is not None and len(seeds) != n):
+            raise InvalidValue(f"fork(n={n}, seeds={seeds!r}): n must be 1 or more, with n seeds.")
+        with self.session.engine.lock:
+            return self.session.engine.fork(self, n, seeds)
+
+    def twin(self, session: Session) -> Run:
+        """A copy of this run for a fork of its session: no breakpoints, no callbacks."""
+        span = (self.begin, self.prompt_start, self.prompt_end)
+        run = Run(session, self.options, span, (), self.capture)
+        run.first_step, run.records = self.first_step, list(self.records)
+        return run
+
+    def captured(self) -> Cache:
+        """The values captured so far."""
+        sites = [site.name for site in self.capture]
+        values = {
+            name: torch.cat([r.captured[name] for r in self.records if name in r.captured])
+            for name in sites
+            if any(name in record.captured for record in self.records)
+        }
+        return Cache(self.session.engine.table, values, batched=False)
+
+    def __repr__(self) -> str:
+        state = (
+            f"finished: {self.finish_reason}" if self.finished else f"at {self._stop!r}" if self._stop else "paused"
+        )
+        return f"Run({self.options.kind}, {self.tokens.numel()} tokens, {state})"
+
+    def __reduce__(self) -> str | tuple[object, ...]:
+        raise TypeError("a Run does not pickle; use session.checkpoint().save(path).")
+
+
+class _Quiet:
+    """While entered, runs pass over their breakpoints."""
+
+    def __init__(self, runs: Sequence[Run]) -> None:
+        self._runs = runs
+
+    def __enter__(self) -> None:
+        for run in self._runs:
+            run.silent = True
+
+    def __exit__(self, *_: object) -> None:
+        for run in self._runs:
+            run.silent = False

@@ -1,0 +1,295 @@
+"""Sessions: one user's sequence, its KV row, tokens, steering and journal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from djinn_fx.errors import InvalidValue, SessionBusy, SessionClosed
+from djinn_fx.runtime.run import Run, RunOptions
+from djinn_fx.runtime.sampling import SamplingSpec
+from djinn_fx.runtime.steering import Armed, SteerHandle, arm
+from djinn_fx.runtime.steps import Steering, Step
+from djinn_fx.sites import require_compiled
+from djinn_fx.specs import Breakpoint, Edit
+
+if TYPE_CHECKING:
+    from djinn_fx.runtime.checkpoint import Checkpoint
+    from djinn_fx.runtime.engine import Engine
+
+
+class Session:
+    """One sequence: runs append to it, its KV stays on the device between runs.
+
+    Make one with ``dj.session()``; use it as a context manager or call :meth:`close`.
+    """
+
+    def __init__(self, engine: Engine, row: int, seed: int) -> None:
+        self.engine, self.row, self.seed = engine, row, seed
+        self.token_list: list[int] = []
+        self.sampled: list[bool] = []
+        self.length = 0
+        self.steering: Steering = {}
+        self.journal: list[Step] = []
+        self.children: list[Session] = []
+        self.host: list[torch.Tensor] | None = None
+        self.last_logits: torch.Tensor | None = None
+        self.pinned = False
+        self.closed = False
+        self._run: Run | None = None
+
+    # -- runs ----------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        inputs: object = None,
+        *,
+        max_new_tokens: int,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        stop_token_ids: Iterable[int] | None = None,
+        on_token: Callable[[int], object] | None = None,
+        output_logits: bool = False,
+        capture: Iterable[str] = (),
+        breakpoints: Iterable[str | Breakpoint] = (),
+    ) -> Run:
+        """A lazy run that appends ``inputs`` and generates; iterate it for its stops.
+
+        Args:
+            inputs: a str, ints, LongTensor ``[T]`` or ``[1, T]``, or a mapping with ``input_ids``; None goes on from
+                what the session holds.
+            max_new_tokens: how many tokens to generate at most.
+            do_sample: sample instead of taking the most likely token.
+            temperature: divides the logits before sampling.
+            top_k: keep the k most likely tokens only.
+            top_p: keep the smallest set of tokens with this much probability.
+            stop_token_ids: tokens that end the run beside the model's own EOS.
+            on_token: called with each new token, outside every lock.
+            output_logits: keep each new token's logits for the result.
+            capture: sites whose values the result's cache shall hold.
+            breakpoints: sites or :func:`djinn_fx.break_at` breakpoints.
+
+        Raises:
+            SessionBusy, SessionClosed, UnknownSite, SiteNotCompiled, InvalidPredicate, InvalidValue, CapacityError.
+        """
+        if max_new_tokens < 1:
+            raise InvalidValue(f"max_new_tokens={max_new_tokens}: give 1 or more.")
+        options = RunOptions(
+            kind="generate",
+            max_new_tokens=max_new_tokens,
+            sampling=SamplingSpec(do_sample, temperature, top_k, top_p),
+            stop_token_ids=frozenset(int(token) for token in stop_token_ids or ()),
+            on_token=on_token,
+            output_logits=output_logits,
+        )
+        return self._begin(inputs, options, capture, breakpoints)
+
+    def forward(
+        self,
+        inputs: object,
+        *,
+        capture: Iterable[str] = (),
+        breakpoints: Iterable[str | Breakpoint] = (),
+    ) -> Run:
+        """A lazy run that appends ``inputs`` without generating; its result has logits ``[T, vocab]``.
+
+        Raises:
+            As :meth:`generate`.
+        """
+        return self._begin(inputs, RunOptions(kind="forward"), capture, breakpoints)
+
+    def _begin(
+        self,
+        inputs: object,
+        options: RunOptions,
+        capture: Iterable[str],
+        breakpoints: Iterable[str | Breakpoint],
+    ) -> Run:
+        with self.engine.lock:
+            self.require_open()
+            if self._run is not None and not self._run.finished:
+                raise SessionBusy(
+                    "this session has an unfinished run. Finish it (run.result()), go on with it "
+                    "(iterate it), or abandon it (run.close()) before starting another."
+                )
+            run = self.engine.new_run(self, inputs, options, capture, breakpoints)
+            self._run = run
+            return run
+
+    @property
+    def run(self) -> Run | None:
+        """The session's newest run, or None."""
+        return self._run
+
+    def adopt(self, run: Run) -> None:
+        """Make ``run`` the session's newest run (forks and restores)."""
+        self._run = run
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """All tokens of the session, int64 ``[T]`` on the CPU."""
+        return torch.tensor(self.token_list, dtype=torch.int64)
+
+    # -- steering ------------------------------------------------------------------------------
+
+    def steer(
+        self,
+        site: str | Edit,
+        *,
+        scale: float | torch.Tensor = 1.0,
+        kv: Literal["keep", "recompute"] = "keep",
+        **edit: Any,
+    ) -> SteerHandle:
+        """Steer ``site`` from here on; a later call on the same site replaces the earlier.
+
+        Args:
+            site: a site name, with the fields of :class:`djinn_fx.Edit` as keywords, or an Edit.
+            scale: see Edit.
+            kv: ``"keep"``: what was computed stays; ``"recompute"``: the sequence is run again as if the edit had
+                always acted.
+            **edit: ``add``, ``ablate``, ``strength``, ``feature``, ``positions`` as in Edit.
+
+        Raises:
+            UnknownSite, SiteNotCompiled, InvalidValue, SessionClosed.
+        """
+        if kv not in ("keep", "recompute"):
+            raise InvalidValue(f"steer(kv={kv!r}): choose 'keep' or 'recompute'.")
+        if isinstance(site, Edit):
+            if edit or isinstance(scale, torch.Tensor) or scale != 1.0:
+                raise InvalidValue("steer(Edit(...)): put every field into the Edit itself.")
+            spec = site
+        else:
+            spec = Edit(site, scale=scale, **edit)
+        with self.engine.lock:
+            self.require_open()
+            key = self.engine.next_key()
+            armed = self.set_steering(key, spec)
+            if kv == "recompute":
+                self.engine.recompute(self, armed)
+            return SteerHandle(self, armed.edit.site, key)
+
+    def set_steering(self, key: int, edit: Edit) -> Armed:
+        """Put an edit in force under a handle's key."""
+        engine = self.engine
+        with engine.lock:
+            self.require_open()
+            site = require_compiled(engine.table.get(edit.site), engine.compiled_names)
+            armed = arm(key, edit, site, engine.dtype, engine.device, engine.options.edit_rank)
+            self.steering = {**self.steering, site.name: armed}
+            return armed
+
+    def drop_steering(self, site: str) -> None:
+        """End the edit of a site."""
+        with self.engine.lock:
+            self.steering = {name: armed for name, armed in self.steering.items() if name != site}
+
+    # -- residence -----------------------------------------------------------------------------
+
+    @property
+    def resident(self) -> bool:
+        """Whether the session's KV is on the device."""
+        return not self.closed and self.host is None
+
+    @property
+    def extent(self) -> int:
+        """Number of positions whose KV was written, a step in the air included."""
+        flight = self._run.flight if self._run is not None else None
+        return self.length if flight is None else max(self.length, flight.step.stop)
+
+    def offload(self) -> None:
+        """Move the session's KV to host memory and free its row; it returns by itself when it goes on.
+
+        Raises:
+            SessionClosed: it was closed.
+            InvalidValue: it is pinned.
+        """
+        with self.engine.lock:
+            self.require_open()
+            if self.pinned:
+                raise InvalidValue("this session is pinned to the device; call s.pin(False) first.")
+            self.engine.offload(self)
+
+    def pin(self, pinned: bool = True) -> None:
+        """Keep the session on the device (or, with False, allow it to be moved off)."""
+        with self.engine.lock:
+            self.require_open()
+            if pinned:
+                self.engine.bring_back(self)
+            self.pinned = pinned
+
+    def checkpoint(self) -> Checkpoint:
+        """A checkpoint of the session as it stands, also between runs and while stopped.
+
+        Raises:
+            SessionClosed: it was closed.
+            SessionBusy: a thread is driving its run right now.
+        """
+        from djinn_fx.runtime.checkpoint import take_checkpoint
+
+        with self.engine.lock:
+            self.require_open()
+            return take_checkpoint(self)
+
+    # -- life ----------------------------------------------------------------------------------
+
+    def require_open(self) -> None:
+        """Raise :class:`SessionClosed` if the session was closed."""
+        if self.closed or self.engine.closed:
+            raise SessionClosed(
+                "this session was closed; its KV row is gone. Open another with dj.session(), or "
+                "restore a checkpoint of it with dj.restore()."
+            )
+
+    def close(self) -> None:
+        """Close the session and its forks: zero the KV row and give it back. Checkpoints survive."""
+        with self.engine.lock:
+            for child in self.children:
+                child.close()
+            if not self.closed:
+                if self._run is not None:
+                    self._run.abandon()
+                self.engine.forget(self)
+                self.closed = True
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def inherit(self, parent: Session, seed: int) -> None:
+        """Take over a parent's history (forks); the KV is copied by the engine."""
+        self.token_list, self.sampled = list(parent.token_list), list(parent.sampled)
+        self.length, self.steering = parent.length, dict(parent.steering)
+        self.journal, self.seed = list(parent.journal), seed
+        self.last_logits = parent.last_logits
+
+    def __repr__(self) -> str:
+        where = "closed" if self.closed else f"row {self.row}" if self.resident else "offloaded"
+        return f"Session({len(self.token_list)} tokens, {where}, {len(self.steering)} edits)"
+
+
+def with_edit(steering: Mapping[str, Armed], armed: Armed) -> Steering:
+    """``steering`` with one more edit in force."""
+    return {**steering, armed.edit.site: armed}
+
+
+def recomputed(steps: Sequence[Step], armed: Armed) -> list[Step]:
+    """The same steps, as if an edit had always acted."""
+    return [
+        replace(
+            step, steering=tuple((after, with_edit(edits, armed)) for after, edits in step.steering)
+        )
+        for step in steps
+    ]

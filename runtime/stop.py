@@ -1,0 +1,184 @@
+"""Stops: the value a run hands out when it stops, and the acts that are possible there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from djinn_fx.errors import InvalidValue, StaleStop
+from djinn_fx.sites import Site
+
+if TYPE_CHECKING:
+    from djinn_fx.runtime.checkpoint import Checkpoint
+    from djinn_fx.runtime.run import Run
+    from djinn_fx.runtime.session import Session
+    from djinn_fx.runtime.steps import Step
+
+
+class Stop:
+    """A run, stopped after one site: where, why, and the activation, readable and writable.
+
+    Changing ``value`` in place or assigning to it changes what the run goes on with. Once the run went on the stop is
+    stale: ``value`` stays readable, everything else raises :class:`StaleStop`.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        site: Site,
+        step: Step,
+        value: torch.Tensor,
+        fired: Sequence[int],
+    ) -> None:
+        self._run, self._site, self._step, self._value = run, site, step, value
+        self._fired = tuple(fired)
+        self.held = False
+
+    # -- where and why -------------------------------------------------------------------------
+
+    @property
+    def run(self) -> Run:
+        """The run that stopped."""
+        return self._run
+
+    @property
+    def session(self) -> Session:
+        """The session of the run."""
+        return self._run.session
+
+    @property
+    def site(self) -> str:
+        """Canonical name of the site after which the run stopped."""
+        return self._site.name
+
+    @property
+    def layer(self) -> int | None:
+        """Layer of the site, None for sites outside the blocks."""
+        return self._site.layer
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """Absolute positions of the rows of ``value``."""
+        return tuple(self._step.start + token for token in self._step.tokens_of(self._site))
+
+    @property
+    def position(self) -> int:
+        """The last of ``positions``; while decoding the only one."""
+        return self._step.stop - 1
+
+    @property
+    def fired(self) -> tuple[int, ...]:
+        """Positions where a breakpoint held; empty for a stop that was stepped or rewound to."""
+        return self._fired
+
+    @property
+    def phase(self) -> str:
+        """``"generated"`` if every token of the step was sampled, else ``"prompt"``."""
+        return "generated" if all(self._step.sampled) else "prompt"
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """The session's tokens up to and including ``position``, int64 ``[position + 1]`` on the CPU."""
+        return torch.tensor(self.session.token_list[: self._step.stop], dtype=torch.int64)
+
+    # -- the activation ------------------------------------------------------------------------
+
+    @property
+    def value(self) -> torch.Tensor:
+        """The activation after steering, ``[tokens, *feature_shape]``, on the model's device."""
+        return self._value
+
+    @value.setter
+    def value(self, new: torch.Tensor) -> None:
+        self.require_current("assign to stop.value")
+        old = self._value
+        if not isinstance(new, torch.Tensor):
+            raise InvalidValue(
+                f"stop.value at {self.site!r} must be a tensor, got {type(new).__name__}."
+            )
+        if new.shape != old.shape or new.dtype != old.dtype or new.device != old.device:
+            raise InvalidValue(
+                f"stop.value at {self.site!r} is {_describe(old)}; cannot assign {_describe(new)}. "
+                "Shape, dtype and device must be equal."
+            )
+        if new.requires_grad:
+            raise InvalidValue(
+                f"stop.value at {self.site!r}: the new tensor requires grad, but compiled programs "
+                "do not run autograd. Assign tensor.detach()."
+            )
+        self._value = new.clone()
+
+    # -- acts ----------------------------------------------------------------------------------
+
+    @property
+    def current(self) -> bool:
+        """Whether the run still stands here."""
+        return self._run.stop is self
+
+    def require_current(self, act: str) -> None:
+        """Raise :class:`StaleStop` unless the run still stands here."""
+        if not self.current:
+            raise StaleStop(
+                f"cannot {act}: the run went on from this stop at {self.site!r}, position "
+                f"{self.position}. Use run.stop, or run.rewind(position={self.position}, "
+                f"site={self.site!r}) to come back here."
+            )
+
+    def step(self, tokens: int = 0) -> Stop | None:
+        """Go on to the next site, or with ``tokens=n`` to the same site ``n`` steps on.
+
+        Breakpoints in between are passed over. Returns the new stop, or None if the run finished first.
+
+        Raises:
+            StaleStop: the run went on from here.
+            InvalidValue: a negative number of tokens.
+        """
+        self.require_current("step")
+        if tokens < 0:
+            raise InvalidValue(f"stop.step(tokens={tokens}): give 1 or more, or nothing.")
+        return self._run.step_to_next() if tokens == 0 else self._run.step_tokens(self._site, tokens)
+
+    def fork(self, n: int = 1, seeds: Sequence[int] | None = None) -> list[Stop]:
+        """Make ``n`` new sessions stopped at this same place, KV copied on the device.
+
+        They inherit steering, the value as it is now and, unless ``seeds`` says otherwise, the seed; they have no
+        breakpoints. They close with the parent.
+
+        Raises:
+            StaleStop: the run went on from here.
+            CapacityError: fewer than ``n`` KV rows are free; none is made.
+            InvalidValue: ``n`` below 1 or ``seeds`` of another length.
+        """
+        self.require_current("fork")
+        return self._run.fork(n, seeds)
+
+    def checkpoint(self) -> Checkpoint:
+        """Checkpoint the session here; the same as ``stop.session.checkpoint()``."""
+        self.require_current("checkpoint")
+        return self.session.checkpoint()
+
+    def hold(self) -> None:
+        """Inside ``dj.as_stopped``: keep this run stopped while the others go on."""
+        self.require_current("hold")
+        self.held = True
+
+    def release(self) -> None:
+        """Undo :meth:`hold`: the run goes on with the next step."""
+        self.require_current("release")
+        self.held = False
+
+    def __repr__(self) -> str:
+        state = "" if self.current else ", stale"
+        return (
+            f"Stop({self.site!r}, position={self.position}, {self.phase}, "
+            f"value={_describe(self._value)}{state})"
+        )
+
+    def __reduce__(self) -> str | tuple[object, ...]:
+        raise TypeError("a Stop does not pickle; use stop.checkpoint().save(path).")
+
+
+def _describe(tensor: torch.Tensor) -> str:
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"

@@ -1,0 +1,131 @@
+"""The input tensors of one execution: tokens, positions and the steering tables of every row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from djinn_fx.program import KEEP, LENGTHS, POSITIONS, ROWS, TOKENS
+from djinn_fx.runtime.steering import Armed, RankPart
+from djinn_fx.runtime.steps import Step
+from djinn_fx.sites import Site
+from djinn_fx.specs import ProgramShape, Variant, edit_tables
+
+Tables = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class BatchRow:
+    """One batch row of an execution: the arena row and the step to run there."""
+
+    arena_row: int
+    step: Step
+
+
+def variant_for(batch: Sequence[BatchRow], sites: Sequence[Site]) -> Variant:
+    """The cheapest program variant that has everything these rows need."""
+    variant: Variant = "plain"
+    for row in batch:
+        if row.step.injections:
+            variant = "armed"
+    for row in batch:
+        for site in sites:
+            armed = acting(row.step, site)
+            if armed is not None and armed.rank is not None:
+                return "rank"
+            if armed is not None:
+                variant = "armed"
+    return variant
+
+
+def acting(step: Step, site: Site) -> Armed | None:
+    """The edit that acts at ``site`` at one position of ``step`` at least, or None."""
+    armed = step.steering_at(site.order).get(site.name)
+    if armed is None or armed.neutral or not any(step.matching(armed.edit.positions)):
+        return None
+    return armed
+
+
+def step_inputs(
+    batch: Sequence[BatchRow], shape: ProgramShape, spare_row: int, device: torch.device
+) -> Tables:
+    """Tokens, positions, rows, lengths and kept indices of a batch, padded to ``shape``.
+
+    Batch rows beyond ``batch`` are dead: length 0, position 0, the spare arena row.
+    """
+    pad = shape.query
+    tokens, positions, keep = [], [], []
+    for row in batch:
+        count = len(row.step.tokens)
+        tokens.append([*row.step.tokens, *[0] * (pad - count)])
+        positions.append([*row.step.positions, *[0] * (pad - count)])
+        first = max(0, count - shape.keep)
+        keep.append([max(0, min(first + i, count - 1)) for i in range(shape.keep)])
+    dead = shape.rows - len(batch)
+    tokens += [[0] * pad] * dead
+    positions += [[0] * pad] * dead
+    keep += [[0] * shape.keep] * dead
+    made = {
+        TOKENS: tokens,
+        POSITIONS: positions,
+        ROWS: [row.arena_row for row in batch] + [spare_row] * dead,
+        LENGTHS: [row.step.stop for row in batch] + [0] * dead,
+    }
+    if shape.keep < shape.query:
+        made[KEEP] = keep
+    return {name: torch.tensor(value, device=device) for name, value in made.items()}
+
+
+def steering_inputs(
+    batch: Sequence[BatchRow],
+    shape: ProgramShape,
+    variant: Variant,
+    sites: Sequence[Site],
+    dtype: torch.dtype,
+    device: torch.device,
+    rank: int,
+) -> Tables:
+    """The steering tables of every site for a batch; what a row does not use stays neutral."""
+    tables: Tables = {}
+    for site in sites:
+        for spec in edit_tables(site, shape, variant, dtype, rank):
+            tables[spec.name] = torch.full(
+                spec.shape, spec.neutral, dtype=spec.dtype, device=device
+            )
+        if variant == "plain":
+            continue
+        for index, row in enumerate(batch):
+            armed = acting(row.step, site)
+            if armed is not None:
+                _write_edit(tables, site, index, row.step, armed)
+            if site.name in row.step.injections:
+                value = row.step.injections[site.name]
+                tables[f"{site.name}:inject"][index] = True
+                tables[f"{site.name}:tap"][index, : value.shape[0]] = value
+    return tables
+
+
+def _write_edit(tables: Tables, site: Site, index: int, step: Step, armed: Armed) -> None:
+    matched = step.matching(armed.edit.positions)
+    chosen = [i for i, token in enumerate(step.tokens_of(site)) if matched[token]]
+    if not chosen:
+        return
+    if armed.scale is not None or armed.add is not None:
+        tables[f"{site.name}:act"][index, chosen] = True
+    if armed.scale is not None:
+        tables[f"{site.name}:scale"][index, 0] = armed.scale
+    if armed.add is not None:
+        tables[f"{site.name}:add"][index, 0] = armed.add
+    if armed.rank is not None:
+        tables[f"{site.name}:rank_act"][index, chosen] = True
+        count = armed.rank.read.shape[0]
+        tables[f"{site.name}:slot"][index, :count] = True
+        for part in RankPart.__dataclass_fields__:
+            tables[f"{site.name}:{part}"][index, :count] = getattr(armed.rank, part)
+
+
+def site_row(site: Site, env: Mapping[str, torch.Tensor], index: int, step: Step) -> torch.Tensor:
+    """The value of ``site`` for one batch row, pads cut off: ``[tokens, *feature_shape]``, a view."""
+    return env[site.name][index, : len(step.tokens_of(site))]

@@ -1,0 +1,32 @@
+"""What every test stands on: no network, no chance, and GPU tests that are seen to be skipped."""
+
+from __future__ import annotations
+
+import os
+
+# Before transformers is imported: a test that wants the network is a test that fails elsewhere.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from hypothesis import settings
+
+# The number of threads decides how reductions are cut, hence their bits: the same on every machine.
+torch.set_num_threads(2)
+
+# Same examples in every run, no timing. `HYPOTHESIS_PROFILE=explore` looks for new ones.
+settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
+settings.register_profile("explore", deadline=None, print_blob=True, max_examples=1000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    """Random weights and inputs are the same whatever ran before."""
+    torch.manual_seed(0)
