@@ -14,6 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
+
 from djinn_fx.errors import SiteNotCompiled, UnknownSite
 
 #: The role of each TransformerLens hook name (TransformerLens 4, ``HookedTransformer`` hook points).
@@ -52,6 +54,7 @@ class Site:
         role: the role in a transformer block (``"resid_post"``), or None for a plain module path.
         aliases: other names of the same activation.
         module: path of the module that makes it.
+        dtype: the value's dtype where it is not the model's (a router in fp32), else None.
         layout: how the model's own graph holds the value, for the compiler: ``"rows"`` as said above, ``"flat"``
             ``[rows * query, *feature_shape]``, ``"heads"`` ``[rows, heads, query, dim]``. Users never see it.
     """
@@ -64,6 +67,7 @@ class Site:
     role: str | None = None
     aliases: tuple[str, ...] = ()
     module: str = ""
+    dtype: torch.dtype | None = None
     layout: Literal["rows", "flat", "heads"] = "rows"
 
     @property

@@ -169,11 +169,12 @@ def edit_tables(
 ) -> tuple[TableSpec, ...]:
     """The steering inputs of ``site`` in a program, in the order in which the program takes them.
 
-    Tables are fp32 (fp64 for an fp64 model). With ``F = prod(feature_shape)`` and ``T`` the site's token axis:
+    ``dtype`` is the model's; where the site's value has another one, that counts. Tables are fp32 (fp64 for an fp64
+    value). With ``F = prod(feature_shape)`` and ``T`` the site's token axis:
 
     - ``act`` bool ``[rows, T, 1...]`` gates scale and add; ``scale``, ``add`` ``[rows, 1, *feature_shape]`` (neutral 1
       and -0.0: adding -0.0 changes no bit, adding 0.0 would turn -0.0 into 0.0);
-    - ``inject`` bool ``[rows, 1, 1...]`` and ``tap`` ``[rows, T, *feature_shape]`` in the model's dtype;
+    - ``inject`` bool ``[rows, 1, 1...]`` and ``tap`` ``[rows, T, *feature_shape]`` in the value's dtype;
     - variant ``"rank"`` adds ``rank_act`` bool ``[rows, T, 1...]``, ``slot`` bool ``[rows, rank]``, ``read`` and
       ``write`` ``[rows, rank, F]``, ``kind`` int64, ``bias``, ``threshold``, ``low``, ``high``, ``strength``
       ``[rows, rank]``.
@@ -182,6 +183,7 @@ def edit_tables(
         return ()
     tokens = shape.keep if site.axis == "kept" else shape.query
     ones = (1,) * len(site.feature_shape)
+    dtype = site.dtype or dtype
     wide = torch.promote_types(dtype, torch.float32)
     gate, row = (shape.rows, tokens, *ones), (shape.rows, 1, *site.feature_shape)
     slots, vectors = (shape.rows, rank), (shape.rows, rank, site.width)

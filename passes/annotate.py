@@ -1,12 +1,14 @@
-"""Pass 2, annotate: marks become names on the values they marked, and no-ops disappear."""
+"""Pass 2, annotate: marks become names, writes become values, and no-ops disappear."""
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 
 from torch import fx
 
 from djinn_fx.passes.context import PassContext
+from djinn_fx.passes.functional import Rewriter
 from djinn_fx.passes.graph import (
     CASTS,
     ENV,
@@ -19,61 +21,81 @@ from djinn_fx.passes.graph import (
     propagate,
     tensor_of,
 )
-from djinn_fx.passes.marks import INPUT, MARK
+from djinn_fx.passes.marks import INPUT
 
 ABSENT = "djinn_absent"
 
-_SAME = CASTS | {
-    aten.contiguous.default,
-    aten.view.default,
-    aten.reshape.default,
-    aten.expand.default,
-}
+#: Ops that are no-ops where shapes and strides happen to agree.
+_SHAPES = frozenset(
+    {
+        aten.contiguous.default,
+        aten.view.default,
+        aten.reshape.default,
+        aten.expand.default,
+    }
+)
 _NOTHING = frozenset({aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default})
-_DROPOUT = frozenset({aten.dropout.default, aten.native_dropout.default})
+_DROPOUT = frozenset({aten.dropout.default, aten.feature_dropout.default})
 
 
 def annotate(gm: fx.GraphModule, ctx: PassContext) -> fx.GraphModule:
     """Move the marks' names onto the values, drop no-ops and recompute the fake values."""
-    for node in list(compute_nodes(gm)):
-        if node.target is MARK:
-            _merge(gm, node, (str(node.args[1]),))
+    gm = Rewriter(gm).run()
     _settle_call_numbers(gm)
     mode = fake_mode(gm)
     for node in list(compute_nodes(gm)):
         if _is_identity(node):
-            _merge(gm, node, node.meta[NAMES])
+            _merge(gm, node)
         else:
             propagate(node, mode)
     drop_dead(gm, keep_named=True)
+    _gather_items(gm)
     return gm
 
 
-def _merge(gm: fx.GraphModule, node: fx.Node, names: tuple[str, ...]) -> None:
+def _gather_items(gm: fx.GraphModule) -> None:
+    """Move every ``getitem`` right behind the op whose results it takes apart.
+
+    No boundary then lies between an op and its results, so that only tensors cross boundaries.
+    """
+    for node in list(compute_nodes(gm)):
+        last = node
+        items = [user for user in node.users if user.target is operator.getitem]
+        for item in sorted(items, key=lambda user: int(user.args[1])):  # type: ignore[arg-type, unused-ignore]
+            last.append(item)
+            last = item
+
+
+def _merge(gm: fx.GraphModule, node: fx.Node) -> None:
     """Replace a node that changes nothing by its input, which takes over its names."""
     source = node.args[0]
     assert isinstance(source, fx.Node)
-    source.meta[NAMES] = (*source.meta[NAMES], *node.meta[NAMES], *names)
-    source.meta[NAMES] = tuple(dict.fromkeys(source.meta[NAMES]))
+    names = [*source.meta[NAMES], *node.meta[NAMES]]
+    source.meta[NAMES] = tuple(dict.fromkeys(names))
     node.replace_all_uses_with(source)
     gm.graph.erase_node(node)
 
 
 def _is_identity(node: fx.Node) -> bool:
-    """Whether a node's result is its first argument, bit for bit and stride for stride."""
+    """Whether a node's result is its first argument, bit for bit and stride for stride.
+
+    A named view is kept even so: at another shape it may be a value of its own, and a site must stand
+    for the same value at every shape.
+    """
     if node.target in _NOTHING:
         return True
     if node.target in _DROPOUT:
         return node.args[2] is False or node.args[1] == 0.0
-    if node.target not in _SAME or not isinstance(node.args[0], fx.Node):
+    known = node.target in CASTS or (node.target in _SHAPES and not node.meta[NAMES])
+    if not known or not isinstance(node.args[0], fx.Node) or True in node.args[2:]:
         return False
     before, after = tensor_of(node.args[0]), tensor_of(node)
     return (
         before is not None
         and after is not None
+        and not node.kwargs.get("copy")
         and (before.shape, before.stride(), before.dtype, before.device)
         == (after.shape, after.stride(), after.dtype, after.device)
-        and not (node.kwargs.get("copy") or True in node.args[2:])
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import re
 import traceback
 from collections.abc import Callable, Sequence
@@ -18,7 +17,8 @@ from torch.utils import _pytree as pytree
 from djinn_fx.errors import CaptureError
 from djinn_fx.passes import hf
 from djinn_fx.passes.context import PassContext
-from djinn_fx.passes.graph import ENV, MODULE, NAMES, ORIGIN, REBUILD, WEIGHT, aten, compute_nodes, copy_graph
+from djinn_fx.passes.graph import ENV, MODULE, NAMES, ORIGIN, REBUILD, WEIGHT, compute_nodes
+from djinn_fx.passes.inline import flatten_graph
 from djinn_fx.passes.marks import marking
 from djinn_fx.passes.source import Inputs, Source, flatten_inputs
 from djinn_fx.program import LENGTHS, POSITIONS, ROWS, TOKENS, kv_name
@@ -105,7 +105,10 @@ def _export(
     module: nn.Module, clone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> ExportedProgram:
     with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
+        for device in {tensor.device.type for tensor in clone.parameters()}:
+            stack.enter_context(torch.autocast(device, enabled=False))
         stack.enter_context(marking(clone))
         try:
             return torch.export.export(module, args, kwargs, strict=False)
@@ -125,11 +128,17 @@ def _capture_error(clone: nn.Module, error: BaseException) -> CaptureError:
         inside = re.search(r"[/\\](torch|djinn_fx|passes)[/\\]", frame.filename)
         if not inside and frame.line:
             place = f" at `{frame.line.strip()}` (line {frame.lineno} of {frame.filename})"
-    reason = next((line for line in str(error).splitlines() if line.strip()), "").strip()
+    lines = [line.strip() for line in str(error).splitlines()]
+    reason = next((line for line in lines if line), "no message")
+    remedy = (
+        "Control flow that depends on tensor values, .item() and .tolist() cannot be captured: rewrite that line, "
+        "or compile a submodule that does not contain it."
+    )
+    if "not a known type" in reason:
+        reason = reason.partition("If this type")[0].strip()
+        remedy = "Let the module return tensors only (for a cache: use_cache=False in example_inputs)."
     return CaptureError(
-        f"{type(clone).__name__} cannot be captured as one static graph: {type(error).__name__}{place}: {reason} "
-        "Control flow that depends on tensor values, .item() and .tolist() cannot be captured; rewrite that line, or "
-        "compile a submodule that does not contain it."
+        f"{type(clone).__name__} cannot be captured as one static graph: {type(error).__name__}{place}: {reason} {remedy}"
     )
 
 
@@ -137,13 +146,12 @@ def _lift(
     exported: ExportedProgram, clone: nn.Module, inputs: Sequence[str], *, prefix: str
 ) -> fx.GraphModule:
     """Turn an exported program into a graph whose placeholders carry environment names."""
-    gm = copy_graph(exported.graph_module)
+    gm = flatten_graph(exported.graph_module)
     known = {id(t): name for name, t in [*clone.named_parameters(), *clone.named_buffers()]}
     users = iter(inputs)
     first: dict[str, fx.Node] = {}
-    nodes = {node.name: node for node in gm.graph.nodes if node.op == "placeholder"}
-    for spec in exported.graph_signature.input_specs:
-        node = nodes[spec.arg.name]
+    nodes = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    for node, spec in zip(nodes, exported.graph_signature.input_specs, strict=True):
         if spec.kind is InputKind.USER_INPUT:
             if isinstance(spec.arg, ConstantArgument):
                 gm.graph.erase_node(node)
@@ -225,6 +233,3 @@ def _rebuilder(exported: ExportedProgram) -> Callable[[tuple[torch.Tensor, ...]]
         return pytree.tree_unflatten(leaves, spec)
 
     return rebuild
-
-
-__all__ = ["aten", "capture_module", "capture_step", "operator"]

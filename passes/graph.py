@@ -8,6 +8,7 @@ placeholder holds the tensor itself (:data:`WEIGHT`). ``meta["val"]`` is always 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
@@ -23,6 +24,7 @@ SITE = "djinn_site"
 CUT = "djinn_cut"
 WEIGHT = "djinn_weight"
 REBUILD = "djinn_rebuild"
+_NEXT = "djinn_next_origin"
 
 aten = torch.ops.aten
 
@@ -53,7 +55,17 @@ CASTS = frozenset(
         aten.type_as.default,
     }
 )
-ADDS = frozenset({aten.add.Tensor, aten.add_.Tensor})
+#: Ops that make a list of views.
+LISTS = frozenset(
+    {
+        aten.split.Tensor,
+        aten.split.sizes,
+        aten.split_with_sizes.default,
+        aten.chunk.default,
+        aten.unbind.int,
+        aten.tensor_split.sections,
+    }
+)
 
 
 def is_op(node: object) -> bool:
@@ -137,9 +149,12 @@ def results(gm: fx.GraphModule) -> list[Any]:
     return list(returned) if isinstance(returned, (list, tuple)) else [returned]
 
 
-def next_origin(gm: fx.GraphModule) -> int:
+def take_origin(gm: fx.GraphModule) -> int:
     """An origin that no node of the graph has yet."""
-    return 1 + max((node.meta.get(ORIGIN, 0) for node in gm.graph.nodes), default=0)
+    if _NEXT not in gm.meta:
+        gm.meta[_NEXT] = 1 + max((node.meta.get(ORIGIN, 0) for node in gm.graph.nodes), default=0)
+    gm.meta[_NEXT] += 1
+    return int(gm.meta[_NEXT]) - 1
 
 
 def propagate(node: fx.Node, mode: FakeTensorMode) -> None:
@@ -159,20 +174,18 @@ class Emitter:
     """
 
     def __init__(self, gm: fx.GraphModule, after: fx.Node, module: str) -> None:
-        self._graph = gm.graph
+        self._gm = gm
         self._last = after
         self._module = module
-        self._origin = next_origin(gm)
         self._mode = fake_mode(gm)
         self.made: list[fx.Node] = []
 
     def __call__(self, op: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """Append a call of ``op`` and return its node."""
-        with self._graph.inserting_after(self._last):
-            node = self._graph.call_function(op, args, kwargs)
-        node.meta.update({ORIGIN: self._origin, MODULE: self._module, NAMES: ()})
+        with self._gm.graph.inserting_after(self._last):
+            node = self._gm.graph.call_function(op, args, kwargs)
+        node.meta.update({ORIGIN: take_origin(self._gm), MODULE: self._module, NAMES: ()})
         propagate(node, self._mode)
-        self._origin += 1
         self._last = node
         self.made.append(node)
         return node
@@ -183,7 +196,7 @@ def add_input(gm: fx.GraphModule, env: str, value: torch.Tensor) -> fx.Node:
     last = [node for node in gm.graph.nodes if node.op == "placeholder"][-1]
     with gm.graph.inserting_after(last):
         node = gm.graph.placeholder(identifier(env))
-    node.meta.update({ENV: env, ORIGIN: next_origin(gm), MODULE: "", NAMES: (), "val": value})
+    node.meta.update({ENV: env, ORIGIN: take_origin(gm), MODULE: "", NAMES: (), "val": value})
     return node
 
 
@@ -200,7 +213,7 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
 
 def identifier(name: str) -> str:
     """A Python identifier that reads like ``name``."""
-    return "".join(letter if letter.isalnum() else "_" for letter in name)
+    return "x_" * (not name[:1].isalpha()) + re.sub(r"\W", "_", name)
 
 
 def ancestors(node: fx.Node, stop: Sequence[fx.Node] = ()) -> set[fx.Node]:

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from djinn_fx.passes.context import PassContext
-from djinn_fx.passes.graph import ENV, WEIGHT, storage_of, val
+from djinn_fx.passes.graph import WEIGHT, storage_of, val
 from djinn_fx.passes.yields import segment_calls
 
 RUN = "djinn_run"
@@ -61,6 +61,3 @@ def _tensor(value: Any) -> str:
     if not isinstance(value, torch.Tensor):
         return repr(value)
     return f"{tuple(value.shape)} {value.stride()} {value.dtype} {value.device}"
-
-
-__all__ = ["CLASS", "ENV", "RUN", "compile_class", "lower", "lower_eager"]

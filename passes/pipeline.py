@@ -30,7 +30,7 @@ from djinn_fx.passes.runner import Stage, run_passes
 from djinn_fx.passes.source import Inputs, Source, flatten_inputs, normalise_inputs
 from djinn_fx.passes.split import INPUTS, OUTPUTS, split
 from djinn_fx.passes.steer import steer
-from djinn_fx.passes.tables import nodes_of, site_table
+from djinn_fx.passes.tables import site_table
 from djinn_fx.passes.yields import LIVE, describe, segment_calls, yields
 from djinn_fx.program import PassRecord, Program, Segment
 from djinn_fx.sites import Site, SiteTable
@@ -63,7 +63,7 @@ def discover(source: Source, store: CaptureStore | None = None) -> SiteTable:
     shape = _telling_shape(source)
     inputs = source.example_inputs
     captured = _captured(source, shape, _small_arenas(source), inputs, store)
-    return site_table(captured.graph, source.kind, shape)
+    return site_table(captured.graph, PassContext(source.kind, shape, source.dtype))
 
 
 def build(
@@ -238,6 +238,3 @@ def _segment(
         weights=tuple(name for name in call.meta[INPUTS] if name in weights),
         compile_class=call.meta[CLASS],
     )
-
-
-__all__ = ["CaptureStore", "Captured", "build", "discover", "nodes_of"]

@@ -14,7 +14,6 @@ from torch import fx, nn
 from djinn_fx.passes.annotate import ABSENT
 from djinn_fx.passes.context import PassContext
 from djinn_fx.passes.graph import (
-    ADDS,
     CASTS,
     ENV,
     MODULE,
@@ -44,6 +43,7 @@ _LINEARS = {
     aten.matmul.default: (0, 1),
 }
 _THROUGH = RESHAPES | CASTS
+_SELECTS = frozenset({aten.slice.Tensor, aten.index.Tensor})
 _MOE = "mixture of experts: there is no single down projection"
 _NO_TRUNK = (
     "the block's output is not its input plus what attention and MLP add (the residual itself is "
@@ -102,7 +102,7 @@ def _name_ends(gm: fx.GraphModule, names: _Names) -> None:
         names.absent["final_norm"] = "the logits are not the output of one linear layer"
     else:
         below, entry = _activation(head), head
-        while below.target in _THROUGH | {aten.slice.Tensor, aten.index.Tensor}:
+        while below.target in _SELECTS or (below.target in RESHAPES and len(shape_of(below)) != 3):
             entry, below = below, below.all_input_nodes[0]
         names.give(below, "final_norm")
         for node in descendants(entry):
@@ -234,7 +234,7 @@ def _trunk(post: fx.Node, pre: fx.Node) -> list[tuple[fx.Node, fx.Node]] | None:
     node, goal = _peel(post), _peel(pre)
     if node is goal:
         return []
-    if node.target not in ADDS or len(node.args) != 2 or node.kwargs:
+    if node.target is not aten.add.Tensor or len(node.args) != 2 or node.kwargs:
         return None
     for trunk, other in (node.args, reversed(node.args)):
         if is_activation(trunk) and is_activation(other):
@@ -264,7 +264,7 @@ def _one_addition(
 ) -> fx.Node | None:
     """``pre + (a + b)``: parallel attention and MLP."""
     inner = _peel(added)
-    leaves = [n for n in inner.args if is_activation(n)] if inner.target in ADDS else []
+    leaves = [n for n in inner.args if is_activation(n)] if inner.target is aten.add.Tensor else []
     if len(leaves) != 2:
         names.lack("attn_out resid_mid mlp_out mlp_act", layer, _NO_TRUNK)
         return None

@@ -50,7 +50,7 @@ def run_passes(
             gm = stage.run(gm, ctx)
             gm.recompile()
             gm.graph.lint()
-            verdict = VERIFIERS[stage.stage](gm, ctx)
+            verdict = VERIFIERS[stage.stage](gm, ctx, before)
         except DjinnError as error:
             if not isinstance(error, InternalError):
                 raise

@@ -106,12 +106,18 @@ def clone_of(model: nn.Module) -> nn.Module:
 
 
 def normalise_inputs(example_inputs: object) -> Inputs:
-    """Bring ``example_inputs`` into the form ``(args, kwargs)``."""
+    """Bring ``example_inputs`` into the form ``(args, kwargs)``, which is also accepted.
+
+    Raises:
+        CaptureError: neither arguments nor keyword arguments.
+    """
     if isinstance(example_inputs, Mapping):
         return (), dict(example_inputs)
     if isinstance(example_inputs, torch.Tensor):
         return (example_inputs,), {}
-    if isinstance(example_inputs, Sequence):
+    if isinstance(example_inputs, Sequence) and not isinstance(example_inputs, str):
+        if list(map(type, example_inputs)) == [tuple, dict]:
+            return example_inputs[0], dict(example_inputs[1])
         return tuple(example_inputs), {}
     raise CaptureError(
         f"example_inputs must be a tuple of arguments or a mapping of keyword arguments, not "

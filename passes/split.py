@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 
-import torch
 from torch import fx, nn
 
 from djinn_fx.passes.context import PassContext
@@ -27,7 +26,8 @@ def split(gm: fx.GraphModule, ctx: PassContext) -> fx.GraphModule:
     sites: list[Site | None] = []
     current = 0
     for node in compute_nodes(gm):
-        owner[node] = current
+        source = node.args[0] if node.target is operator.getitem else None
+        owner[node] = owner[source] if isinstance(source, fx.Node) else current
         if CUT in node.meta and not ctx.fused:
             sites.append(node.meta[CUT])
             current += 1
@@ -62,7 +62,7 @@ def _assemble(
             outer[node] = parent.node_copy(node)
     for index, (nodes, site) in enumerate(zip(parts, sites, strict=True)):
         name = f"segment_{index}"
-        inputs, outputs = _boundary(nodes, owner, index)
+        inputs, outputs = _boundary(nodes, owner, index, site)
         root.add_module(name, _segment(nodes, inputs, outputs))
         call = parent.call_module(name, tuple(outer[node] for node in inputs))
         call.meta.update(
@@ -83,7 +83,7 @@ def _assemble(
 
 
 def _boundary(
-    nodes: list[fx.Node], owner: dict[fx.Node, int], index: int
+    nodes: list[fx.Node], owner: dict[fx.Node, int], index: int, site: Site | None
 ) -> tuple[list[fx.Node], list[fx.Node]]:
     """What a segment reads from outside, and which of its values are used after it."""
     inside = set(nodes)
@@ -92,16 +92,9 @@ def _boundary(
     for node in nodes:
         inputs.update(dict.fromkeys(n for n in node.all_input_nodes if n not in inside))
         later = any(owner.get(user, index + 1) > index for user in node.users)
-        is_site = "djinn_site" in node.meta and any(CUT in n.meta for n in nodes)
-        if later or (is_site and _ends_here(nodes, node)):
+        if later or (site is not None and node.meta[ENV] == site.name):
             outputs.append(node)
     return list(inputs), outputs
-
-
-def _ends_here(nodes: list[fx.Node], node: fx.Node) -> bool:
-    """Whether ``node`` is the site's value at whose yield point the segment ends."""
-    site = nodes[-1].meta.get(CUT)
-    return site is not None and node.meta[ENV] == site.name
 
 
 def _segment(
@@ -116,6 +109,3 @@ def _segment(
         inner[node] = graph.node_copy(node, inner.__getitem__)
     graph.output(tuple(inner[node] for node in outputs))
     return fx.GraphModule(nn.Module(), graph)
-
-
-__all__ = ["INPUTS", "OUTPUTS", "name_values", "split", "torch"]

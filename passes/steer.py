@@ -13,8 +13,6 @@ from djinn_fx.passes.graph import (
     CUT,
     ENV,
     MODULE,
-    NAMES,
-    ORIGIN,
     SITE,
     Emitter,
     add_input,
@@ -24,7 +22,6 @@ from djinn_fx.passes.graph import (
     val,
 )
 from djinn_fx.passes.tables import nodes_of
-from djinn_fx.program import LOGITS
 from djinn_fx.sites import Site
 from djinn_fx.specs import ACTIVATIONS, edit_tables
 
@@ -46,7 +43,7 @@ def _steer_site(gm: fx.GraphModule, ctx: PassContext, site: Site, node: fx.Node)
     users = list(node.users)
     emit = Emitter(gm, _behind(gm, node), node.meta[MODULE])
     value = _to_site(emit, ctx, site, node)
-    tables = _tables(gm, ctx, site, val(value).dtype)
+    tables = _tables(gm, ctx, site)
     if tables:
         value = _edited(emit, value, tables)
         if ctx.variant == "rank":
@@ -94,13 +91,13 @@ def _from_site(emit: Emitter, site: Site, value: fx.Node, node: fx.Node) -> fx.N
 
 
 def _tables(
-    gm: fx.GraphModule, ctx: PassContext, site: Site, dtype: torch.dtype
+    gm: fx.GraphModule, ctx: PassContext, site: Site
 ) -> Mapping[str, fx.Node]:
     """The site's tables as new inputs, by their part (``"act"``, ``"scale"``, ...)."""
     tables: dict[str, fx.Node] = {}
     mode = fake_mode(gm)
     device = next(val(n).device for n in gm.graph.nodes if n.op == "placeholder")
-    for spec in edit_tables(site, ctx.shape, ctx.variant, dtype, ctx.rank):
+    for spec in edit_tables(site, ctx.shape, ctx.variant, ctx.dtype, ctx.rank):
         with mode:
             fake = torch.empty(spec.shape, dtype=spec.dtype, device=device)
         tables[spec.name.rpartition(":")[2]] = add_input(gm, spec.name, fake)
@@ -177,6 +174,3 @@ def _activated(emit: Emitter, value: fx.Node, kind: fx.Node, threshold: fx.Node)
     jumped = emit(aten.where.self, above, value, zero)
     active = emit(aten.where.self, is_relu, emit(aten.relu.default, value), value)
     return emit(aten.where.self, is_jump, jumped, active)
-
-
-__all__ = ["LOGITS", "NAMES", "ORIGIN", "steer"]

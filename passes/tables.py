@@ -10,6 +10,7 @@ from torch import fx
 
 from djinn_fx.errors import InternalError
 from djinn_fx.passes.annotate import ABSENT
+from djinn_fx.passes.context import PassContext
 from djinn_fx.passes.graph import MODULE, NAMES, tensor_of
 from djinn_fx.passes.marks import INPUT
 from djinn_fx.passes.roles import KEPT
@@ -25,8 +26,12 @@ _RANK = tuple(
 )
 
 
-def site_table(gm: fx.GraphModule, kind: str, shape: ProgramShape) -> SiteTable:
-    """All sites of an annotated graph. ``shape`` must tell rows and query from every other size."""
+def site_table(gm: fx.GraphModule, ctx: PassContext) -> SiteTable:
+    """All sites of an annotated graph.
+
+    ``ctx.shape`` must tell rows and query from every other size in the model.
+    """
+    kind, shape = ctx.kind, ctx.shape
     sites: list[Site] = []
     absent = dict(gm.meta.get(ABSENT, {}))
     for node in gm.graph.nodes:
@@ -57,6 +62,7 @@ def site_table(gm: fx.GraphModule, kind: str, shape: ProgramShape) -> SiteTable:
                 role=role if is_role else None,
                 aliases=tuple(aliases),
                 module=node.meta[MODULE],
+                dtype=None if value.dtype == ctx.dtype else value.dtype,
                 layout=layout,
             )
         )

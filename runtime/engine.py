@@ -256,7 +256,7 @@ class Engine:
     def _seek(self, run: Run) -> Stop | None:
         """Look at the sites ahead in the step in the air: stop at the first hit, else commit."""
         flight = run.flight
-        if flight is None or (flight.step.decodes and flight.values is None):
+        if flight is None or (flight.values is None and flight.chunk is None):
             return None
         for site in planner.watched(run, flight, self.sites):
             if not self._reach(run, flight, site):

@@ -38,11 +38,11 @@ def execute(engine: Engine, session: Session, step: Step, until: Site | None) ->
     return flight
 
 
-def arrive(engine: Engine, run: Run, step: Step, site: Site) -> Stop:
-    """Put a run into the middle of ``step``, stopped after ``site``."""
+def arrive(engine: Engine, run: Run, step: Step, site: Site, fired: Sequence[int] = ()) -> Stop:
+    """Put a run into the middle of ``step``, stopped after ``site``; ``fired`` as in :attr:`Stop.fired`."""
     engine.bring_back(run.session)
     run.flight = execute(engine, run.session, step, site)
-    return engine.deliver(run, site, ())
+    return engine.deliver(run, site, fired)
 
 
 def rewind(engine: Engine, run: Run, index: int, site: Site) -> Stop:
@@ -119,6 +119,6 @@ def recompute(engine: Engine, session: Session, armed: Armed) -> None:
         return
     site = engine.table.get(stop.site)
     changed = not same_bits(stop.value, flight.value(site))
-    fresh = arrive(engine, run, step, site)
+    fresh = arrive(engine, run, step, site, stop.fired)
     if changed:
         fresh.value = stop.value

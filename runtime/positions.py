@@ -18,7 +18,7 @@ def matching(
         sampled: for each token, whether it was sampled (``"generated"``) or given (``"prompt"``).
         last_prompt: absolute position of the call's last prompt token, -1 if the call gave none.
     """
-    words = spec if isinstance(spec, tuple) and spec and isinstance(spec[0], str) else (spec,)
+    words = spec if isinstance(spec, (tuple, list)) and spec and isinstance(spec[0], str) else (spec,)
     return tuple(
         any(_speaks_of(word, start + offset, drawn, last_prompt) for word in words)
         for offset, drawn in enumerate(sampled)

@@ -189,6 +189,11 @@ class Session:
         with self.engine.lock:
             self.steering = {name: armed for name, armed in self.steering.items() if name != site}
 
+    @property
+    def handles(self) -> dict[str, SteerHandle]:
+        """A handle on each edit in force, by canonical site name; after a restore, the way to them."""
+        return {site: SteerHandle(self, site, armed.key) for site, armed in self.steering.items()}
+
     # -- residence -----------------------------------------------------------------------------
 
     @property

@@ -98,7 +98,7 @@ class _Resolver:
 
     def scale(self, scale: float | torch.Tensor, strength: float) -> torch.Tensor | None:
         if isinstance(scale, torch.Tensor) and scale.dim() > 0:
-            factor = self.vector("scale", scale)
+            factor = self.vector("scale", scale).clone()  # steps keep it, and the user may change his
         else:
             factor = torch.full(self.site.feature_shape, float(scale), dtype=self.wide, device=self.device)
         if strength != 1.0:

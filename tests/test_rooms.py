@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("passes", "kernels", "runtime")
-FOUNDATION = ("errors", "sites", "specs", "program", "_version")
+FOUNDATION = ("errors", "sites", "specs", "when", "program", "_version")
 LONGEST = 350
 
 # Who may import whom. "face" is every other module of djinn_fx/, its __init__ among them.

@@ -116,23 +116,24 @@ def reference(case: Case) -> Tensor:
     """The definition, in fp64 on the CPU: ``[B, T, H, Dv]``."""
     case = case.to("cpu", torch.float64)
     batch, heads, query, _ = case.q.shape
+    share = heads // case.k_arena.shape[1]
+    sinks = torch.full((heads,), -math.inf).double() if case.sinks is None else case.sinks
     out = torch.zeros(batch, query, heads, case.v_arena.shape[3], dtype=torch.float64)
     for b in range(batch):
         row, first, length = int(case.rows[b]), int(case.positions[b, 0]), int(case.lengths[b])
         for t in range(length - first):
             last = int(case.positions[b, t])
             low = 0 if case.window is None else max(0, last - case.window + 1)
-            for h in range(heads):
-                group = h // (heads // case.k_arena.shape[1])
-                keys, values = (arena[row, group, low : last + 1] for arena in (case.k_arena, case.v_arena))
-                logits = (keys * case.q[b, h, t]).sum(-1) * case.scale
-                if case.softcap is not None:
-                    logits = case.softcap * torch.tanh(logits / case.softcap)
-                sink = -math.inf if case.sinks is None else float(case.sinks[h])
-                peak = max(sink, float(logits.max()))
-                shares = (logits - peak).exp()
-                shares = shares / (shares.sum() + math.exp(sink - peak))
-                out[b, t, h] = (shares[:, None] * values).sum(0)
+            keys, values = (
+                arena[row, :, low : last + 1].repeat_interleave(share, 0) for arena in (case.k_arena, case.v_arena)
+            )
+            logits = (keys * case.q[b, :, t, None]).sum(-1) * case.scale
+            if case.softcap is not None:
+                logits = case.softcap * torch.tanh(logits / case.softcap)
+            peak = torch.maximum(logits.amax(-1), sinks)[:, None]
+            shares = (logits - peak).exp()
+            shares = shares / (shares.sum(-1, keepdim=True) + (sinks[:, None] - peak).exp())
+            out[b, t] = (shares[:, :, None] * values).sum(1)
     return out
 
 

@@ -119,7 +119,7 @@ def check_rows_are_their_own(case: Case, places: list[dict[str, int]]) -> None:
 
 
 @given(steps())
-@settings(max_examples=150)
+@settings(max_examples=120)
 def test_bits_of_a_row_are_its_own(step: tuple[Case, list[dict[str, int]]]) -> None:
     check_rows_are_their_own(*step)
 

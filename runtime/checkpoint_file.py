@@ -1,0 +1,178 @@
+"""Checkpoint files: safetensors with a JSON document, every byte of it under a checksum.
+
+The document and the digest of the file's header stand in the safetensors metadata, a digest of each tensor's bytes in
+the document. The header's digest is taken with its own 64 characters as zeros. Files appear under their name whole
+or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from djinn_fx.errors import CheckpointError
+
+FORMAT = 1
+
+#: The longest header that safetensors reads.
+LONGEST_HEADER = 100_000_000
+
+_NO_DIGEST = "0" * 64
+_FORMAT_FIELD = re.compile(rb'"djinn_format":"(\d+)"')
+_DIGEST_FIELD = re.compile(rb'"djinn_sha256":"([0-9a-f]{64})"')
+_AGAIN = "Restore from another copy, or take the checkpoint again."
+
+
+def write_file(path: str | os.PathLike[str], document: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Path:
+    """Write a checkpoint file; ``tensors`` lie on the CPU.
+
+    Raises:
+        CheckpointError: it could not be written; nothing changed under the name.
+    """
+    target = Path(path)
+    held = _apart(tensors)
+    checksums = {name: _checksum(tensor) for name, tensor in held.items()}
+    metadata = {
+        "djinn_format": str(FORMAT),
+        "djinn_sha256": _NO_DIGEST,
+        "djinn": json.dumps({**document, "checksums": checksums}, allow_nan=False, separators=(",", ":")),
+    }
+    draft = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        save_file(held, draft, metadata)
+        _seal(draft)
+        os.replace(draft, target)
+        _sync_folder(target.parent)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"cannot write the checkpoint {str(target)!r}: {error}. Nothing changed under that name; see that the "
+            "folder exists, is writable and has room."
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
+    return target
+
+
+def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Read a checkpoint file and check every byte of it.
+
+    Raises:
+        CheckpointError: not readable, cut off, damaged, not a checkpoint, or of another format.
+    """
+    source = Path(path)
+    try:
+        document = _document(source)
+        checksums = document.pop("checksums")
+        with safe_open(source, "pt") as file:
+            # Copied: what the file's mapping shows may change with the file.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except OSError as error:
+        raise CheckpointError(f"cannot read the checkpoint {str(source)!r}: {error}. Check the path.") from error
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(source, f"its contents do not fit together ({error})") from error
+    found = {name: _checksum(tensor) for name, tensor in tensors.items()}
+    for name in checksums | found:
+        if checksums.get(name) != found.get(name):
+            raise _damaged(source, f"tensor {name!r} does not match its checksum")
+    return document, tensors
+
+
+def _apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors contiguous, no two in one storage: safetensors wants them so."""
+    made: dict[str, torch.Tensor] = {}
+    places: set[int] = set()
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+        made[name] = tensor if whole and place not in places else tensor.clone(memory_format=torch.contiguous_format)
+        places.add(place)
+    return made
+
+
+def _checksum(tensor: torch.Tensor) -> list[Any]:
+    """Dtype, shape and the sha256 of the bytes."""
+    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    found = hashlib.sha256(data.data).hexdigest()
+    return [str(tensor.dtype).removeprefix("torch."), list(tensor.shape), found]
+
+
+def _seal(draft: Path) -> None:
+    """Put the header's digest into a file just written, and see it on the disk."""
+    with draft.open("r+b") as file:
+        header = file.read(8)
+        header += file.read(int.from_bytes(header, "little"))
+        if len(header) > LONGEST_HEADER:
+            raise OSError(f"the session's history takes {len(header)} bytes, a header holds {LONGEST_HEADER}")
+        file.seek(header.index(_NO_DIGEST.encode(), header.index(b'"djinn_sha256"')))
+        file.write(hashlib.sha256(header).hexdigest().encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """See a renamed file's new name on the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _document(source: Path) -> dict[str, Any]:
+    """The JSON document of a file whose header is sound and whose length is what the header says."""
+    size = source.stat().st_size
+    with source.open("rb") as file:
+        header = file.read(8)
+        length = int.from_bytes(header, "little")
+        header += file.read(min(length, LONGEST_HEADER))
+    if len(header) < 8 + length:
+        if size < 10 or b"djinn_format" in header or size < 8 + length <= LONGEST_HEADER:
+            raise _damaged(source, f"it is cut off after {size} bytes")
+        raise _foreign(source)
+    _check_header(source, header)
+    entries = json.loads(header[8:])
+    metadata = entries.pop("__metadata__")
+    end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    if size != len(header) + end:
+        state = "cut off" if size < len(header) + end else "longer than it was written"
+        raise _damaged(source, f"it is {state}: {size} bytes instead of {len(header) + end}")
+    document: dict[str, Any] = json.loads(metadata["djinn"])
+    return document
+
+
+def _check_header(source: Path, header: bytes) -> None:
+    version, digest = _FORMAT_FIELD.search(header), _DIGEST_FIELD.search(header)
+    if version is None and digest is None:
+        raise _foreign(source)
+    if version is not None and int(version[1]) != FORMAT:
+        raise CheckpointError(
+            f"{str(source)!r} says it is a checkpoint of format {int(version[1])}; this version of djinn_fx reads "
+            f"format {FORMAT}. Read it with the version that wrote it, or take the checkpoint again."
+        )
+    if version is None or digest is None:
+        raise _damaged(source, "its header lacks a field")
+    blank = header[: digest.start(1)] + _NO_DIGEST.encode() + header[digest.end(1) :]
+    if hashlib.sha256(blank).hexdigest().encode() != digest[1]:
+        raise _damaged(source, "its header does not match its checksum")
+
+
+def _damaged(source: Path, how: str) -> CheckpointError:
+    return CheckpointError(f"the checkpoint {str(source)!r} is damaged: {how}. {_AGAIN}")
+
+
+def _foreign(source: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{str(source)!r} is not a djinn_fx checkpoint. Give a file that Checkpoint.save() wrote, whole."
+    )

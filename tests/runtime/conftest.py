@@ -1,0 +1,34 @@
+"""Compiled models for the runtime's tests: shared by all of them, clean after each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+import djinn_fx as djinn
+from tests.runtime.tiny import NAMES, compiled, guarded
+
+
+@pytest.fixture(params=NAMES)
+def dj(request: pytest.FixtureRequest) -> Iterator[djinn.Dj]:
+    """Each tiny model in each dtype, compiled with the usual sites."""
+    yield from guarded(compiled(request.param))
+
+
+@pytest.fixture(params=NAMES)
+def every(request: pytest.FixtureRequest) -> Iterator[djinn.Dj]:
+    """Each tiny model in each dtype, compiled with every site."""
+    yield from guarded(compiled(request.param, "every"))
+
+
+@pytest.fixture(params=("gpt2", "llama"))
+def both(request: pytest.FixtureRequest) -> Iterator[djinn.Dj]:
+    """Both tiny models in fp32, compiled with every site."""
+    yield from guarded(compiled(request.param, "every"))
+
+
+@pytest.fixture
+def one() -> Iterator[djinn.Dj]:
+    """One tiny model, for what does not depend on the model."""
+    yield from guarded(compiled("llama"))

@@ -1,0 +1,124 @@
+"""Two tiny models in two dtypes, compiled once per test session, and the runs that tests compare with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+import djinn_fx as djinn
+from djinn_fx.runtime.results import Result
+from djinn_fx.runtime.session import Session
+from djinn_fx.runtime.stop import Stop
+from tests.bits import assert_same_bits
+
+NAMES = ("gpt2", "llama", "gpt2-bf16", "llama-bf16")
+VOCAB, WIDTH, LENGTH, CHUNK, ROWS = 64, 32, 64, 16, 4
+#: What most tests need: two ends of the stream, one site with heads, one inside the last block.
+SITES = ("resid_post", "attn_z.0", "mlp_out.1")
+#: Sites with a module's own path, beside all that have a role.
+PATHS = {
+    "gpt2": ("transformer.h.0.ln_1", "transformer.h.1.attn.c_attn", "transformer.h.1.mlp.c_fc"),
+    "llama": ("model.layers.0.input_layernorm", "model.layers.1.self_attn.q_proj", "model.layers.1.mlp.up_proj"),
+}
+BLOCKS = {"gpt2": "transformer.h", "llama": "model.layers"}
+
+
+def make_model(name: str) -> Any:
+    """A fresh model; weights large enough that an edit changes what is said, no EOS."""
+    arch, _, dtype = name.partition("-")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        shared = dict(vocab_size=VOCAB, bos_token_id=1, eos_token_id=None, initializer_range=0.2)
+        if arch == "gpt2":
+            gpt2 = GPT2Config(n_layer=2, n_embd=WIDTH, n_head=4, n_positions=LENGTH, **shared)
+            model: Any = GPT2LMHeadModel(gpt2)
+        else:
+            llama = LlamaConfig(
+                hidden_size=WIDTH,
+                intermediate_size=48,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=LENGTH,
+                **shared,
+            )
+            model = LlamaForCausalLM(llama)
+    return model.to(torch.bfloat16 if dtype else torch.float32).eval()
+
+
+@cache
+def model_of(name: str) -> Any:
+    """The session's model of this name; whoever changes it changes it back."""
+    return make_model(name)
+
+
+def make_dj(model: Any, sites: Any = SITES, **options: Any) -> djinn.Dj:
+    """Compile with the tests' sizes, unverified: the receipt has tests of its own."""
+    sizes = dict(max_length=LENGTH, max_sessions=ROWS, prefill_chunk=CHUNK, edit_rank=3, verify=False)
+    dj: djinn.Dj = djinn.compile(model, sites=sites, **(sizes | options))
+    return dj
+
+
+@cache
+def compiled(name: str, kind: str = "main") -> djinn.Dj:
+    """The session's compiled model: ``main`` (SITES), ``every`` (all sites) or ``invariant`` (bits apart from company)."""
+    model = model_of(name)
+    if kind == "every":
+        return make_dj(model, ("*", *PATHS[name.partition("-")[0]]), edit_rank=1)
+    return make_dj(model, batch_invariant=kind == "invariant")
+
+
+def guarded(dj: djinn.Dj) -> Iterator[djinn.Dj]:
+    """Hand out a shared compiled model; afterwards every row must be free, and zero."""
+    yield dj
+    left = list(dj.engine.sessions)
+    for session in left:
+        session.close()
+    assert not left, f"sessions left open: {left}"
+    assert dj.engine.arena.free_rows == dj.engine.options.max_sessions
+    assert not any(bool(tensor[:-1].any()) for pair in dj.engine.arena.layers for tensor in pair), "a row is not zero"
+
+
+def prompt(length: int, seed: int = 0) -> Tensor:
+    """Random tokens ``[length]``."""
+    return torch.randint(3, VOCAB, (length,), generator=torch.Generator().manual_seed(seed))
+
+
+def direction(seed: int, *shape: int) -> Tensor:
+    """Random fp32 numbers, of a residual's width unless said otherwise."""
+    return torch.randn(*(shape or (WIDTH,)), generator=torch.Generator().manual_seed(seed))
+
+
+def generated(dj: djinn.Dj, ids: Tensor, new: int = 5, **options: Any) -> Result:
+    """An uninterrupted run on a session of its own, with logits."""
+    with dj.session() as session:
+        return session.generate(ids, max_new_tokens=new, output_logits=True, **options).result()
+
+
+def logits_of(session: Session, ids: Tensor | None = None, **options: Any) -> Tensor:
+    """Logits ``[T, vocab]`` of a forward call."""
+    logits = session.forward(ids, **options).result().logits
+    assert logits is not None
+    return logits
+
+
+def assert_same(a: Result, b: Result, what: str = "") -> None:
+    """Equal tokens and equal bits of the logits."""
+    assert a.tokens.tolist() == b.tokens.tolist(), what
+    assert_same_bits(a.logits, b.logits, what)
+
+
+def values(stops: Any) -> dict[tuple[int, str], Tensor]:
+    """Copies of what stops show, by position and site."""
+    return {(stop.position, stop.site): stop.value.clone() for stop in stops}
+
+
+def some(stop: Stop | None) -> Stop:
+    """A stop that must be there."""
+    assert stop is not None
+    return stop
