@@ -10,6 +10,8 @@ Its card is ``djinn_fx/data/storyteller/CARD.md``.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,18 +53,32 @@ def load(reference: str) -> tuple[nn.Module, Any]:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(reference, dtype="auto")
-    return model.eval(), AutoTokenizer.from_pretrained(reference)
+    with _no_progress_bar():
+        model = AutoModelForCausalLM.from_pretrained(reference, dtype="auto")
+        return model.eval(), AutoTokenizer.from_pretrained(reference)
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Keep transformers from drawing its own progress bar over ours."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def contrast() -> Contrast:
     """The storyteller's contrasting prompts and mood words."""
     data = json.loads((PATH / "contrast.json").read_text(encoding="utf-8"))
-    words = data["words"]
     return Contrast(
         joyful=tuple(data["joyful"]),
         gloomy=tuple(data["gloomy"]),
         neutral=tuple(data["neutral"]),
-        joyful_words=frozenset(words["joyful"]),
-        gloomy_words=frozenset(words["gloomy"]),
+        joyful_words=frozenset(data["joyful_words"]),
+        gloomy_words=frozenset(data["gloomy_words"]),
     )

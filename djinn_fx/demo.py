@@ -160,8 +160,8 @@ def stop_look_edit(demo: Demo) -> None:
         demo.verdict(f"{stops} stops at {site}, every one resumed untouched: same tokens as never stopping",
                      torch.equal(run.tokens, plain.tokens))
         other = edited.generate(demo.prompt, max_new_tokens=demo.new_tokens, breakpoints=[site])
-        for stop in other:
-            stop.value.mul_(-0.5)
+        next(other).value.mul_(-1.0)
+        other.run_to_end()
         demo.tell("untouched", run)
         demo.tell("edited", other)
 

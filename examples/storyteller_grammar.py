@@ -275,10 +275,7 @@ def story(rng: random.Random) -> str:
 
 def contrast() -> list[tuple[str, str]]:
     """Pairs of prompts, (joyful, gloomy), that differ in their mood words alone."""
-    return [
-        (pattern.format(*joyful.split()), pattern.format(*gloomy.split()))
-        for pattern, joyful, gloomy in CONTRAST
-    ]
+    return [(pattern.format(*joyful.split()), pattern.format(*gloomy.split())) for pattern, joyful, gloomy in CONTRAST]
 
 
 def joyful_words() -> frozenset[str]:

@@ -9,6 +9,7 @@ prints the held-out loss beside the grammar's own entropy, and how far the mood 
 the model's words at each layer.
 """
 
+import itertools
 import json
 import math
 import random
@@ -27,6 +28,7 @@ from rich.table import Table
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 if TYPE_CHECKING:
@@ -34,7 +36,8 @@ if TYPE_CHECKING:
 else:  # a script finds its neighbours, not its own folder
     import storyteller_grammar as grammar
 
-CONTEXT, BATCH, PEAK_LR, WARMUP = 256, 16, 3e-3, 100
+CONTEXT, STORY_ROWS, PACKED_ROWS = 256, 40, 16
+PEAK_LR, WARMUP = 3e-3, 100
 PIECE = r" ?[A-Za-z]+| ?[^\sA-Za-z]"
 """A token is a word or a mark together with the space before it, so that decoding is joining."""
 
@@ -87,25 +90,30 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
 
 
 def batches(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[Tensor]:
-    """Endless fresh batches [BATCH, CONTEXT]: rows of whole stories, each ended by <eos>.
+    """Endless fresh batches [rows, tokens].
 
-    Half of the rows begin with <eos>, half with a story, as a prompt does; one row in eight
-    begins inside a story, so that any sentence can open a prompt.
+    Three batches in four have one story a row, padded: what came before a story tells nothing of
+    it. The fourth has full rows of story after story, for the later positions. Half of the rows
+    begin with <eos>, half with a story, as a prompt does; one row in eight begins inside a story,
+    so that any sentence can open a prompt.
     """
     stories, cuts = random.Random(f"train {seed}"), random.Random(f"cuts {seed}")
     eos: int = tokenizer.eos_token_id
-    while True:
-        rows = []
-        for _ in range(BATCH):
-            opening = grammar.story(stories)
-            if cuts.random() < 1 / 8:
-                sentences = opening.split(". ")
-                opening = ". ".join(sentences[cuts.randrange(len(sentences)) :])
-            row = [eos] * cuts.randrange(2) + tokenizer.encode(opening)
-            while len(row) < CONTEXT:
-                row += [eos, *tokenizer.encode(grammar.story(stories))]
-            rows.append(row[:CONTEXT])
-        yield torch.tensor(rows)
+
+    def row(length: int) -> Tensor:
+        opening = grammar.story(stories)
+        if cuts.random() < 1 / 8:
+            sentences = opening.split(". ")
+            opening = ". ".join(sentences[cuts.randrange(len(sentences)) :])
+        ids = [*[eos] * cuts.randrange(2), *tokenizer.encode(opening), eos]
+        while len(ids) < length:
+            ids += [*tokenizer.encode(grammar.story(stories)), eos]
+        return torch.tensor(ids[:CONTEXT])
+
+    for step in itertools.count():
+        rows, length = (PACKED_ROWS, CONTEXT) if step % 4 == 3 else (STORY_ROWS, 0)
+        pad: int = tokenizer.pad_token_id
+        yield pad_sequence([row(length) for _ in range(rows)], True, pad)
 
 
 def learning_rate(step: int, steps: int) -> float:
@@ -133,7 +141,8 @@ def train(model: GPT2LMHeadModel, data: Iterator[Tensor], steps: int) -> None:
         for _ in range(steps):
             tokens = next(data)
             logits = model(input_ids=tokens).logits[:, :-1]
-            loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+            targets = tokens[:, 1:].flatten()
+            loss = F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=model.config.pad_token_id)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -275,9 +284,7 @@ def main(
     console.print(f"{steps} steps in {minutes:.1f} minutes; {size:,} bytes of weights in {out}")
     for name in (f"train {seed}", "held out"):
         loss, entropy = measure_loss(model, tokenizer, name)
-        console.print(
-            f"{name}: loss {loss:.4f} nats per token, the grammar's entropy {entropy:.4f}"
-        )
+        console.print(f"{name}: loss {loss:.4f} nats per token, the grammar's entropy {entropy:.4f}")
     console.print(steering_table(model, tokenizer))
 
 

@@ -31,13 +31,14 @@ def philox(counter: Tensor, key: Tensor) -> Tensor:
     """
     shape = (2, *(1,) * (key.dim() - 1))
     multipliers = _constant(MULTIPLIERS, shape, key.device)
-    steps = _constant(KEY_STEPS, shape, key.device)
+    rounds = torch.arange(ROUNDS, device=key.device).view(-1, *(1,) * key.dim())
+    keys = (key + rounds * _constant(KEY_STEPS, shape, key.device)) & WORD
     even, odd = counter[0::2], counter[1::2]  # words 0 and 2, words 1 and 3
-    for _ in range(ROUNDS):
-        product = even * multipliers
-        high, low = (product >> 32) & WORD, product & WORD
-        even, odd = high.flip(0) ^ odd ^ key, low.flip(0)
-        key = (key + steps) & WORD
+    for round_key in keys.unbind():
+        # Each product's halves go to the other pair of words.
+        product = (even * multipliers).flip(0)
+        even = ((product >> 32) & WORD) ^ odd ^ round_key
+        odd = product & WORD
     return torch.stack((even, odd), dim=1).flatten(0, 1)
 
 

@@ -85,16 +85,15 @@ def _is_identity(node: fx.Node) -> bool:
     if node.target in _NOTHING:
         return True
     if node.target in _DROPOUT:
-        return node.args[2] is False or node.args[1] == 0.0
+        return bool(node.args[2] is False or node.args[1] == 0.0)
     known = node.target in CASTS or (node.target in _SHAPES and not node.meta[NAMES])
     if not known or not isinstance(node.args[0], fx.Node) or True in node.args[2:]:
         return False
     before, after = tensor_of(node.args[0]), tensor_of(node)
-    return (
-        before is not None
-        and after is not None
-        and not node.kwargs.get("copy")
-        and (before.shape, before.stride(), before.dtype, before.device)
+    if before is None or after is None or node.kwargs.get("copy"):
+        return False
+    return bool(
+        (before.shape, before.stride(), before.dtype, before.device)
         == (after.shape, after.stride(), after.dtype, after.device)
     )
 

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from djinn_fx.errors import CaptureError
 from djinn_fx.passes import hf
 from djinn_fx.passes.context import PassContext
-from djinn_fx.passes.graph import ENV, MODULE, NAMES, ORIGIN, REBUILD, WEIGHT, compute_nodes
+from djinn_fx.passes.graph import ENV, MODULE, NAMES, ORIGIN, REBUILD, WEIGHT, compute_nodes, placeholders
 from djinn_fx.passes.inline import flatten_graph
 from djinn_fx.passes.marks import marking
 from djinn_fx.passes.source import Inputs, Source, flatten_inputs
@@ -26,7 +26,15 @@ from djinn_fx.program import LENGTHS, POSITIONS, ROWS, TOKENS, kv_name
 _WRAPPED = "model"
 
 #: Ops that check or annotate and compute nothing.
-_ASSERTS = frozenset({"_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range", "sym_constrain_range_for_size"})
+_ASSERTS = frozenset(
+    {
+        "_assert_tensor_metadata",
+        "_assert_scalar",
+        "_assert_async",
+        "sym_constrain_range",
+        "sym_constrain_range_for_size",
+    }
+)
 
 
 class _Step(nn.Module):
@@ -83,12 +91,16 @@ def capture_step(
     names = [TOKENS, POSITIONS, ROWS, LENGTHS]
     names += [kv_name(layer, "k") for layer in range(len(arenas))]
     names += [kv_name(layer, "v") for layer in range(len(arenas))]
-    return _lift(exported, source.clone, names, prefix=f"{_WRAPPED}.")
+    gm = _lift(exported, source.clone, names, prefix=f"{_WRAPPED}.")
+    if all(str(user.target).startswith("djinn.") for user in placeholders(gm)[POSITIONS].users):
+        raise CaptureError(
+            f"{type(source.clone).__name__} ignores position_ids, so it would number the tokens of a cached sequence "
+            "from 0 again at every step. Such models are not supported."
+        )
+    return gm
 
 
-def capture_module(
-    gm: fx.GraphModule, ctx: PassContext, *, source: Source, inputs: Inputs
-) -> fx.GraphModule:
+def capture_module(gm: fx.GraphModule, ctx: PassContext, *, source: Source, inputs: Inputs) -> fx.GraphModule:
     """Capture a plain module on ``inputs``. The incoming graph is empty.
 
     Raises:
@@ -101,9 +113,7 @@ def capture_module(
     return lifted
 
 
-def _export(
-    module: nn.Module, clone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> ExportedProgram:
+def _export(module: nn.Module, clone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
@@ -138,13 +148,12 @@ def _capture_error(clone: nn.Module, error: BaseException) -> CaptureError:
         reason = reason.partition("If this type")[0].strip()
         remedy = "Let the module return tensors only (for a cache: use_cache=False in example_inputs)."
     return CaptureError(
-        f"{type(clone).__name__} cannot be captured as one static graph: {type(error).__name__}{place}: {reason} {remedy}"
+        f"{type(clone).__name__} cannot be captured as one static graph: {type(error).__name__}{place}: {reason} "
+        f"{remedy}"
     )
 
 
-def _lift(
-    exported: ExportedProgram, clone: nn.Module, inputs: Sequence[str], *, prefix: str
-) -> fx.GraphModule:
+def _lift(exported: ExportedProgram, clone: nn.Module, inputs: Sequence[str], *, prefix: str) -> fx.GraphModule:
     """Turn an exported program into a graph whose placeholders carry environment names."""
     gm = flatten_graph(exported.graph_module)
     known = {id(t): name for name, t in [*clone.named_parameters(), *clone.named_buffers()]}
@@ -175,9 +184,7 @@ def _lift(
     return gm
 
 
-def _weight(
-    exported: ExportedProgram, clone: nn.Module, target: str, prefix: str
-) -> torch.Tensor:
+def _weight(exported: ExportedProgram, clone: nn.Module, target: str, prefix: str) -> torch.Tensor:
     """The model's own tensor behind a lifted input, or the constant that tracing made."""
     path, _, name = target.removeprefix(prefix).rpartition(".")
     try:
@@ -185,9 +192,7 @@ def _weight(
     except AttributeError:
         found = exported.constants[target]
     if not isinstance(found, torch.Tensor):
-        raise CaptureError(
-            f"{type(clone).__name__} uses {target!r}, a {type(found).__name__} that is not a tensor."
-        )
+        raise CaptureError(f"{type(clone).__name__} uses {target!r}, a {type(found).__name__} that is not a tensor.")
     return found
 
 

@@ -38,6 +38,8 @@ from djinn_fx.passes.marks import MARK
 from djinn_fx.passes.scatter import scattered
 
 _KV_WRITE = "djinn.kv_write.default"
+
+
 @dataclass(eq=False)
 class Base:
     """A piece of storage: the value it holds now, and how often it was written."""
@@ -170,9 +172,7 @@ class Rewriter:
         if WEIGHT in written.meta and env.startswith("w."):
             raise self._refusal(node, f"writes to the model's own {env.removeprefix('w.')!r}")
 
-    def _call(
-        self, like: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> fx.Node:
+    def _call(self, like: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
         """Add a call in the place of ``like``, with its module."""
         made = self._graph.call_function(target, args, kwargs)
         made.meta.update({MODULE: like.meta[MODULE], NAMES: (), ORIGIN: take_origin(self._gm)})

@@ -129,7 +129,7 @@ def fake_mode(gm: fx.GraphModule) -> FakeTensorMode:
     for node in gm.graph.nodes:
         value = tensor_of(node)
         if value is not None:
-            return cast(FakeTensorMode, value.fake_mode)
+            return value.fake_mode
     raise ValueError("a graph without tensors has no fake mode")
 
 
@@ -140,13 +140,14 @@ def placeholders(gm: fx.GraphModule) -> dict[str, fx.Node]:
 
 def output_of(gm: fx.GraphModule) -> fx.Node:
     """The output node."""
-    return next(iter(reversed(gm.graph.nodes)))
+    last: fx.Node = next(iter(reversed(gm.graph.nodes)))
+    return last
 
 
-def results(gm: fx.GraphModule) -> list[Any]:
-    """What the graph returns, flat."""
-    returned = output_of(gm).args[0]
-    return list(returned) if isinstance(returned, (list, tuple)) else [returned]
+def results(gm: fx.GraphModule) -> tuple[fx.Node, ...]:
+    """The nodes that the graph returns."""
+    returned: Any = output_of(gm).args[0]
+    return tuple(returned)
 
 
 def take_origin(gm: fx.GraphModule) -> int:

@@ -59,9 +59,7 @@ def _gather(gm: fx.GraphModule, value: fx.Node, keep: fx.Node) -> fx.Node:
     return emit(aten.gather.default, value, 1, index)
 
 
-def _gather_before_head(
-    gm: fx.GraphModule, norm: fx.Node, keep: fx.Node, logits: fx.Node
-) -> bool:
+def _gather_before_head(gm: fx.GraphModule, norm: fx.Node, keep: fx.Node, logits: fx.Node) -> bool:
     """Try the gather behind ``norm``; whether the rest of the graph took the new shape."""
     if len(shape_of(norm)) != 3:
         return False

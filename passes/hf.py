@@ -6,7 +6,7 @@ work inside ``with stepping(...)``, which carries the step's rows, positions and
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -89,7 +89,7 @@ class ArenaLayer(CacheLayerMixin):
     is_sliding = False
 
     def __init__(self, layer: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.layer = layer
         self.is_initialized = True
 
@@ -148,17 +148,15 @@ def attention(
     if window is not None and not isinstance(window, int):
         raise CaptureError(f"{where}: sliding_window is {window!r}, expected a number.")
     scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
-    shapes = key.shape[1], key.shape[3], value.shape[3]
-    step.calls.append(Call(layer, *map(int, shapes), window or None))
+    heads, key_dim, value_dim = int(key.shape[1]), int(key.shape[3]), int(value.shape[3])
+    step.calls.append(Call(layer, heads, key_dim, value_dim, window or None))
     if step.arenas is None:
         out = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
         return out, None
     keys, values = step.arenas[layer]
     where_to = (step.rows, step.positions, step.lengths)
     torch.ops.djinn.kv_write(keys, values, key, value, *where_to)
-    out = torch.ops.djinn.attention(
-        query, keys, values, *where_to, window or None, softcap or None, s_aux, scale
-    )
+    out = torch.ops.djinn.attention(query, keys, values, *where_to, window or None, softcap or None, s_aux, scale)
     return out, None
 
 
@@ -173,9 +171,7 @@ def _refuse_odd(
     """Refuse attention that is not causal self-attention over a cache of its own."""
     where = type(module).__name__
     if layer is None:
-        raise CaptureError(
-            f"{where} attends without updating a cache of its own (shared or missing keys and values)."
-        )
+        raise CaptureError(f"{where} attends without updating a cache of its own (shared or missing keys and values).")
     if key.shape[2] != query.shape[2]:
         raise CaptureError(f"{where} attends to other tokens than the step's own and cached ones.")
     if mask is not None:
@@ -184,15 +180,9 @@ def _refuse_odd(
         )
     if getattr(module, "is_causal", True) is False or kwargs.get("is_causal") is False:
         raise CaptureError(f"{where} is not causal; compile the model with example_inputs.")
-    odd = sorted(
-        name
-        for name, given in kwargs.items()
-        if isinstance(given, torch.Tensor) and name not in _HARMLESS
-    )
+    odd = sorted(name for name, given in kwargs.items() if isinstance(given, torch.Tensor) and name not in _HARMLESS)
     if odd:
-        raise CaptureError(
-            f"{where} passes {', '.join(odd)} to attention, which is not supported."
-        )
+        raise CaptureError(f"{where} passes {', '.join(odd)} to attention, which is not supported.")
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:
@@ -225,14 +215,14 @@ def experts(
     if step is not None and step.arenas is None:
         return torch.empty_like(hidden_states)
     grouped = hidden_states.dtype == torch.bfloat16 or hidden_states.device.type != "cuda"
+    forward: Callable[..., torch.Tensor]
     if grouped:
         forward = grouped_mm_experts_forward
     elif top_k_index.numel() <= module.num_experts:
         forward = batched_mm_experts_forward
     else:
         forward = dense_experts
-    out: torch.Tensor = forward(module, hidden_states, top_k_index, top_k_weights)
-    return out
+    return forward(module, hidden_states, top_k_index, top_k_weights)
 
 
 def dense_experts(
@@ -256,7 +246,7 @@ def dense_experts(
 def _every_expert(module: Any, value: torch.Tensor, name: str) -> torch.Tensor:
     """``[1 or experts, tokens, in]`` through every expert's weight: ``[experts, tokens, out]``."""
     weight = getattr(module, name)
-    out = value @ (weight if module.is_transposed else weight.transpose(1, 2))
+    out: torch.Tensor = value @ (weight if module.is_transposed else weight.transpose(1, 2))
     return out + getattr(module, f"{name}_bias").unsqueeze(1) if module.has_bias else out
 
 

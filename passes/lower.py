@@ -29,7 +29,6 @@ def lower(gm: fx.GraphModule, ctx: PassContext) -> fx.GraphModule:
     for call in segment_calls(gm):
         part = gm.get_submodule(str(call.target))
         assert isinstance(part, fx.GraphModule)
-        part.recompile()
         call.meta[CLASS] = compile_class(part)
         call.meta[RUN] = make(part)
     return gm

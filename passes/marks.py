@@ -26,9 +26,7 @@ def marking(clone: nn.Module) -> Iterator[None]:
     handles = []
     for path, module in clone.named_modules():
         if path:
-            handles.append(
-                module.register_forward_pre_hook(_before(path, calls), with_kwargs=True)
-            )
+            handles.append(module.register_forward_pre_hook(_before(path, calls), with_kwargs=True))
             handles.append(module.register_forward_hook(_after(path, calls)))
     try:
         yield

@@ -20,8 +20,8 @@ from djinn_fx.passes.graph import (
     REBUILD,
     WEIGHT,
     copy_graph,
-    output_of,
     placeholders,
+    results,
 )
 from djinn_fx.passes.head import head
 from djinn_fx.passes.lower import CLASS, RUN, lower, lower_eager
@@ -199,13 +199,8 @@ def _small_arenas(source: Source) -> list[tuple[torch.Tensor, torch.Tensor]]:
 def _program(gm: fx.GraphModule, ctx: PassContext, records: tuple[PassRecord, ...]) -> Program:
     """Collect what the passes stamped on the split graph."""
     inputs = placeholders(gm)
-    weights = {
-        name: node.meta[WEIGHT] for name, node in inputs.items() if WEIGHT in node.meta and node.users
-    }
-    segments = tuple(
-        _segment(gm, index, call, weights) for index, call in enumerate(segment_calls(gm))
-    )
-    returned: Any = output_of(gm).args[0]
+    weights = {name: node.meta[WEIGHT] for name, node in inputs.items() if WEIGHT in node.meta and node.users}
+    segments = tuple(_segment(gm, index, call, weights) for index, call in enumerate(segment_calls(gm)))
     return Program(
         shape=ctx.shape,
         variant=ctx.variant,
@@ -213,15 +208,13 @@ def _program(gm: fx.GraphModule, ctx: PassContext, records: tuple[PassRecord, ..
         segments=segments,
         weights=weights,
         inputs=tuple(describe(node) for node in inputs.values() if WEIGHT not in node.meta),
-        outputs=tuple(node.meta[ENV] for node in returned),
+        outputs=tuple(node.meta[ENV] for node in results(gm)),
         records=records,
         rebuild=gm.meta.get(REBUILD),
     )
 
 
-def _segment(
-    gm: fx.GraphModule, index: int, call: fx.Node, weights: dict[str, torch.Tensor]
-) -> Segment:
+def _segment(gm: fx.GraphModule, index: int, call: fx.Node, weights: dict[str, torch.Tensor]) -> Segment:
     graph = gm.get_submodule(str(call.target))
     assert isinstance(graph, fx.GraphModule)
     site: Site | None = call.meta[CUT]

@@ -46,8 +46,7 @@ _THROUGH = RESHAPES | CASTS
 _SELECTS = frozenset({aten.slice.Tensor, aten.index.Tensor})
 _MOE = "mixture of experts: there is no single down projection"
 _NO_TRUNK = (
-    "the block's output is not its input plus what attention and MLP add (the residual itself is "
-    "normalised or scaled)"
+    "the block's output is not its input plus what attention and MLP add (the residual itself is normalised or scaled)"
 )
 
 
@@ -150,9 +149,7 @@ def _unflattened(node: fx.Node) -> fx.Node:
     return node
 
 
-def _name_attention(
-    names: _Names, layer: int, attention: fx.Node, write: fx.Node | None
-) -> None:
+def _name_attention(names: _Names, layer: int, attention: fx.Node, write: fx.Node | None) -> None:
     """``attn_q``, ``attn_k``, ``attn_v`` and ``attn_z``."""
     parts = [("attn_q", attention.args[0])]
     if write is None:
@@ -181,9 +178,7 @@ def _first_linear_after(attention: fx.Node) -> fx.Node | None:
     return None
 
 
-def _name_block(
-    gm: fx.GraphModule, names: _Names, layer: int, attention: fx.Node, clone: nn.Module
-) -> None:
+def _name_block(gm: fx.GraphModule, names: _Names, layer: int, attention: fx.Node, clone: nn.Module) -> None:
     """The residual of the block around ``attention`` and what attention and MLP add to it."""
     roles = "resid_pre attn_out resid_mid mlp_out mlp_act resid_post"
     path = block_of(str(attention.meta[MODULE]), clone)
@@ -259,9 +254,7 @@ def _two_additions(
     return _parallel(names, layer, first, second, attention)
 
 
-def _one_addition(
-    names: _Names, layer: int, added: fx.Node, attention: fx.Node
-) -> fx.Node | None:
+def _one_addition(names: _Names, layer: int, added: fx.Node, attention: fx.Node) -> fx.Node | None:
     """``pre + (a + b)``: parallel attention and MLP."""
     inner = _peel(added)
     leaves = [n for n in inner.args if is_activation(n)] if inner.target is aten.add.Tensor else []
@@ -274,9 +267,7 @@ def _one_addition(
     return _parallel(names, layer, left, right, attention)
 
 
-def _parallel(
-    names: _Names, layer: int, left: fx.Node, right: fx.Node, attention: fx.Node
-) -> fx.Node | None:
+def _parallel(names: _Names, layer: int, left: fx.Node, right: fx.Node, attention: fx.Node) -> fx.Node | None:
     sees = [attention in ancestors(node) for node in (left, right)]
     if sees[0] == sees[1]:
         names.lack("attn_out resid_mid mlp_out mlp_act", layer, _NO_TRUNK)

@@ -59,9 +59,7 @@ def run_passes(
             raise _breach(stage, error, before) from error
         seconds = time.perf_counter() - start
         after = snapshot(gm)
-        done.append(
-            PassRecord(len(done), stage.name, stage.stage, before, after, seconds, verdict)
-        )
+        done.append(PassRecord(len(done), stage.name, stage.stage, before, after, seconds, verdict))
         before = after
     return gm, tuple(done)
 

@@ -64,9 +64,7 @@ def prepare(model: nn.Module, example_inputs: object = None) -> Source:
     """
     support = check(model, example_inputs)
     if not support.ok:
-        raise CaptureError(
-            f"{type(model).__name__} cannot be compiled: " + "; ".join(support.reasons)
-        )
+        raise CaptureError(f"{type(model).__name__} cannot be compiled: " + "; ".join(support.reasons))
     clone = clone_of(model)
     tensors = [*model.parameters(), *model.buffers()]
     device = tensors[0].device if tensors else torch.device("cpu")
@@ -143,9 +141,7 @@ def flatten_inputs(inputs: Inputs) -> tuple[dict[str, torch.Tensor], tuple[Any, 
     return tensors, tuple(key)
 
 
-def _probe(
-    clone: nn.Module, device: torch.device
-) -> tuple[tuple[KVSpec, ...], tuple[int | None, ...], int]:
+def _probe(clone: nn.Module, device: torch.device) -> tuple[tuple[KVSpec, ...], tuple[int | None, ...], int]:
     """Run two tokens through the clone on fake tensors to see what attention and cache ask for."""
     config: Any = clone.config
     layers = int(config.get_text_config().num_hidden_layers)

@@ -97,9 +97,7 @@ def _boundary(
     return list(inputs), outputs
 
 
-def _segment(
-    nodes: list[fx.Node], inputs: list[fx.Node], outputs: list[fx.Node]
-) -> fx.GraphModule:
+def _segment(nodes: list[fx.Node], inputs: list[fx.Node], outputs: list[fx.Node]) -> fx.GraphModule:
     graph = fx.Graph()
     inner: dict[fx.Node, fx.Node] = {}
     for node in inputs:

@@ -18,6 +18,7 @@ from djinn_fx.passes.graph import (
     add_input,
     aten,
     fake_mode,
+    placeholders,
     shape_of,
     val,
 )
@@ -32,16 +33,22 @@ def steer(gm: fx.GraphModule, ctx: PassContext) -> fx.GraphModule:
     ``plain``: the value in the site's layout. ``armed``: scale, add, injection and tap. ``rank``: rank
     edits as well. Whoever used the value uses the result.
     """
-    for name, node in nodes_of(gm, ctx.sites).items():
-        site = next(site for site in ctx.sites if site.name == name)
-        _steer_site(gm, ctx, site, node)
+    nodes = nodes_of(gm, ctx.sites)
+    start: fx.Node | None = None
+    for site in ctx.sites:
+        node = nodes[site.name]
+        if node.op == "placeholder":
+            start = _steer_site(gm, ctx, site, node, start or _last_input(gm))
+        else:
+            _steer_site(gm, ctx, site, node, node)
     drop_dead(gm, keep_named=False)
     return gm
 
 
-def _steer_site(gm: fx.GraphModule, ctx: PassContext, site: Site, node: fx.Node) -> None:
+def _steer_site(gm: fx.GraphModule, ctx: PassContext, site: Site, node: fx.Node, after: fx.Node) -> fx.Node:
+    """Steer one site behind ``after``; returns the last node added, or ``node``."""
     users = list(node.users)
-    emit = Emitter(gm, _behind(gm, node), node.meta[MODULE])
+    emit = Emitter(gm, after, node.meta[MODULE])
     value = _to_site(emit, ctx, site, node)
     tables = _tables(gm, ctx, site)
     if tables:
@@ -55,15 +62,16 @@ def _steer_site(gm: fx.GraphModule, ctx: PassContext, site: Site, node: fx.Node)
     value.meta.update({ENV: site.name, SITE: site})
     last.meta[CUT] = site
     result = _from_site(emit, site, value, node)
+    if result is not value:
+        # It may cross later cuts: named alike in every variant, since a step may go on in a richer one.
+        result.meta[ENV] = f"{site.name}:model"
     for user in users:
         user.replace_input_with(node, result)
+    return emit.made[-1] if emit.made else node
 
 
-def _behind(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
-    """Where new nodes for ``node`` go: behind it, and behind every placeholder."""
-    if node.op != "placeholder":
-        return node
-    return [other for other in gm.graph.nodes if other.op == "placeholder"][-1]
+def _last_input(gm: fx.GraphModule) -> fx.Node:
+    return list(placeholders(gm).values())[-1]
 
 
 def _to_site(emit: Emitter, ctx: PassContext, site: Site, node: fx.Node) -> fx.Node:
@@ -90,9 +98,7 @@ def _from_site(emit: Emitter, site: Site, value: fx.Node, node: fx.Node) -> fx.N
     return value
 
 
-def _tables(
-    gm: fx.GraphModule, ctx: PassContext, site: Site
-) -> Mapping[str, fx.Node]:
+def _tables(gm: fx.GraphModule, ctx: PassContext, site: Site) -> Mapping[str, fx.Node]:
     """The site's tables as new inputs, by their part (``"act"``, ``"scale"``, ...)."""
     tables: dict[str, fx.Node] = {}
     mode = fake_mode(gm)
@@ -122,9 +128,7 @@ def _rounded(emit: Emitter, value: fx.Node, like: fx.Node) -> fx.Node:
     return value if val(value).dtype == dtype else emit(aten.to.dtype, value, dtype)
 
 
-def _rank_edited(
-    emit: Emitter, ctx: PassContext, value: fx.Node, tables: Mapping[str, fx.Node]
-) -> fx.Node:
+def _rank_edited(emit: Emitter, ctx: PassContext, value: fx.Node, tables: Mapping[str, fx.Node]) -> fx.Node:
     """``where(rank_act, round(h + sum_j delta_j write_j), x)``, one slot after the other."""
     rows, tokens = shape_of(value)[:2]
     wide = _widened(emit, value, tables)
@@ -140,9 +144,7 @@ def _rank_edited(
     return emit(aten.where.self, tables["rank_act"], _rounded(emit, moved, value), value)
 
 
-def _slot_change(
-    emit: Emitter, flat: fx.Node, tables: Mapping[str, fx.Node], slot: int
-) -> fx.Node:
+def _slot_change(emit: Emitter, flat: fx.Node, tables: Mapping[str, fx.Node], slot: int) -> fx.Node:
     """What one slot adds, ``[rows, tokens, width]``; exactly 0 where the slot is unused.
 
     The read-out is a product and a sum, not a matrix product: its bits must not depend on the batch.

@@ -20,9 +20,9 @@ from djinn_fx.specs import ProgramShape
 Layout = Literal["rows", "flat", "heads"]
 
 #: Which of several roles of one value gives the site its name.
-_RANK = tuple(
-    "embed resid_post resid_mid resid_pre final_norm logits "
-    "attn_q attn_k attn_v attn_z attn_out mlp_act mlp_out".split()
+_RANK = (
+    *("embed", "resid_post", "resid_mid", "resid_pre", "final_norm", "logits"),
+    *("attn_q", "attn_k", "attn_v", "attn_z", "attn_out", "mlp_act", "mlp_out"),
 )
 
 

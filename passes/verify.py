@@ -28,6 +28,7 @@ from djinn_fx.passes.graph import (
     output_of,
     placeholders,
     propagate,
+    results,
     shape_of,
     val,
 )
@@ -73,7 +74,7 @@ def annotated(gm: fx.GraphModule, ctx: PassContext, before: Before) -> str:
     _require(all(node.target is not MARK for node in gm.graph.nodes), "a mark is left")
     written = [n.name for n in compute_nodes(gm) if mutated_inputs(n) and not _writes_arena(n)]
     _require(not written, f"in-place ops are left: {written}")
-    owners = Counter(name for node in gm.graph.nodes for name in node.meta[NAMES] if node.op != "output")
+    owners = Counter(name for node in gm.graph.nodes for name in node.meta.get(NAMES, ()))
     twice = [name for name, count in owners.items() if count > 1]
     _require(not twice, f"names on several nodes: {twice}")
     return f"{len(owners)} names"
@@ -97,9 +98,7 @@ def steered(gm: fx.GraphModule, ctx: PassContext, before: Before) -> str:
     _stamped(gm)
     inputs = placeholders(gm)
     values = Counter(node.meta[SITE].name for node in compute_nodes(gm) if SITE in node.meta)
-    _require(
-        values == Counter(site.name for site in ctx.sites), f"edits by site: {dict(values)}"
-    )
+    _require(values == Counter(site.name for site in ctx.sites), f"edits by site: {dict(values)}")
     sources = nodes_of(gm, ctx.sites)
     for site in ctx.sites:
         value = next(n for n in compute_nodes(gm) if n.meta.get(SITE) == site)
@@ -129,7 +128,7 @@ def split(gm: fx.GraphModule, ctx: PassContext, before: Before) -> str:
     """The original order, one segment per site, declared inputs are the used ones, writes stay inside."""
     calls = segment_calls(gm)
     ends = [call.meta[CUT].name for call in calls if call.meta[CUT] is not None]
-    wanted = [] if ctx.fused else [site.name for site in _in_graph_order(ctx, before)]
+    wanted = [] if ctx.fused else [site.name for site in ctx.sites]
     _require(ends == wanted, f"segments end at {ends}, expected {wanted}")
     order = [info.origin for info in before if _counts(info.op, info.target)]
     found: list[int] = []
@@ -143,7 +142,7 @@ def split(gm: fx.GraphModule, ctx: PassContext, before: Before) -> str:
             tuple(n.meta[ENV] for n in declared) == call.meta[INPUTS],
             f"{call.target}: declared inputs differ from its placeholders",
         )
-        made = tuple(n.meta[ENV] for n in output_of(part).args[0])  # type: ignore[union-attr]
+        made = tuple(n.meta[ENV] for n in results(part))
         _require(made == call.meta[OUTPUTS], f"{call.target}: outputs {made} differ from declared")
         site = call.meta[CUT]
         _require(site is None or site.name in made, f"{call.target} does not return its site")
@@ -193,8 +192,7 @@ def _check_shapes(part: fx.GraphModule, call: fx.Node, values: Mapping[str, fx.N
         mapping[node] = copy.node_copy(node, mapping.__getitem__)
         if node.op == "call_function":
             propagate(mapping[node], mode)
-    returned: Any = output_of(part).args[0]
-    for name, node in zip(call.meta[OUTPUTS], returned, strict=True):
+    for name, node in zip(call.meta[OUTPUTS], results(part), strict=True):
         made, promised = _form(val(mapping[node])), _form(val(values[name]))
         _require(made == promised, f"{call.target}: {name} is {made}, promised {promised}")
 
@@ -226,12 +224,6 @@ def _only_declared_writes(gm: fx.GraphModule, ctx: PassContext) -> None:
             taps.update(written.meta.get(ENV, node.name) for written in mutated_inputs(node))
     wanted = [] if ctx.variant == "plain" else [f"{site.name}:tap" for site in ctx.sites]
     _require(taps == Counter(wanted), f"values written in place: {dict(taps)}")
-
-
-def _in_graph_order(ctx: PassContext, before: Before) -> list[Any]:
-    """The chosen sites in the order in which the graph makes their values."""
-    rank = {info.site: index for index, info in enumerate(before) if info.site}
-    return sorted(ctx.sites, key=lambda site: rank.get(site.name, -1))
 
 
 def _counts(op: str, target: str) -> bool:
@@ -268,4 +260,3 @@ VERIFIERS: Mapping[str, Verifier] = {
     "yielded": yielded,
     "lowered": lowered,
 }
-

@@ -50,7 +50,10 @@ def write_file(path: str | os.PathLike[str], document: Mapping[str, Any], tensor
     }
     draft = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
+        draft.touch()
+        mode = draft.stat().st_mode  # as the user's umask wants it; safetensors would keep the file from everyone else
         save_file(held, draft, metadata)
+        draft.chmod(mode)
         _seal(draft)
         os.replace(draft, target)
         _sync_folder(target.parent)

@@ -127,6 +127,7 @@ def describe_environment(engine: Engine) -> dict[str, Any]:
         "edit_rank": options.edit_rank,
         "batch_invariant": options.batch_invariant,
         "max_sessions": options.max_sessions,
+        "end of sequence": sorted(options.eos),
         "build": _plain(engine.identity.build),
     }
     if engine.device.type == "cpu":

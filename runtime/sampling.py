@@ -1,9 +1,11 @@
 """Choosing the next token from logits: greedy, or sampled by a counter-based generator.
 
-A token is a function of its row's logits, seed and position alone. To make that hold to the bit
-on every device, probabilities become integers before they are added: integer sums are exact in
-any order, where a floating-point scan may differ from batch to batch and even from run to run.
-Nothing here waits for the device, so that a step with its sampling can be one CUDA graph.
+A token is a function of its row's logits, seed and position alone. To make that hold to the bit,
+probabilities become integers before they are added: integer sums are exact in any order, where a
+floating-point scan on a GPU may differ from batch to batch and even from run to run. (Between CPU
+and GPU the last bit of an exponential can differ, hence, once in a very long while, a token.)
+With everything on one device nothing here waits for it, so that a step with its sampling can be
+one CUDA graph.
 
 Logits may hold NaN. No row can disturb another, and a row that has a NaN, or nothing above -Inf,
 is decided greedily: the first maximum among what is not NaN, or token 0 where all are.
@@ -54,19 +56,33 @@ def sample(logits: Tensor, spec: SamplingSpec, seeds: Tensor, positions: Tensor)
     Args:
         logits: ``[B, V]``, any floating-point dtype.
         spec: how to choose.
-        seeds: int64 ``[B]``, on the device of ``logits``; not read when greedy.
-        positions: int64 ``[B]``, of the tokens that are chosen; likewise.
+        seeds: int64 ``[B]``, not read when greedy. On the device of ``logits``, or on the CPU: the
+            numbers are then drawn there, which spares a GPU some hundred small launches.
+        positions: int64 ``[B]``, of the tokens that are chosen; beside the seeds.
 
     Returns:
         int64 ``[B]``.
     """
     if not spec.do_sample:
         return greedy(logits)
-    cumulative = weights(logits, spec).cumsum(-1)
-    total = cumulative[:, -1:]
-    # The product may round up to the total itself, which lies beyond the last token.
-    target = (uniform(seeds, positions)[:, None] * total).to(torch.int64)
-    target = torch.minimum(target, total - 1)
+    share = uniform(seeds, positions).to(logits.device, non_blocking=True)
+    return invert(weights(logits, spec), share)
+
+
+def invert(found: Tensor, share: Tensor) -> Tensor:
+    """The token at which the running sum of the weights passes a share of their total.
+
+    Args:
+        found: int64 ``[B, V]``, what :func:`weights` gives.
+        share: fp64 ``[B]`` in ``[0, 1)``.
+
+    Returns:
+        int64 ``[B]``; never a token of weight 0.
+    """
+    cumulative = found.cumsum(-1)
+    # The largest share is 1 - 2**-53: times a double, that is the next smaller double at most,
+    # which lies below the total however the total was rounded.
+    target = (share[:, None] * cumulative[:, -1:].double()).to(torch.int64)
     return (cumulative <= target).sum(-1)
 
 
@@ -120,7 +136,7 @@ def _keep_top_p(found: Tensor, values: Tensor, top_p: float) -> Tensor:
     """
     order = values.sort(dim=-1, stable=True).indices
     cumulative = found.gather(-1, order).cumsum(-1)
-    spare = ((1.0 - top_p + MASS_SLACK) * cumulative[:, -1:]).to(torch.int64)
+    spare = ((1.0 - top_p + MASS_SLACK) * cumulative[:, -1:].double()).to(torch.int64)
     drop = cumulative <= spare
     drop[:, -1] = False
     return found.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), 0)

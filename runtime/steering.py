@@ -137,11 +137,15 @@ class _Resolver:
             raise InvalidValue(
                 f"edit of {self.site.name!r}: ablate holds a direction of length 0 or with NaN or Inf in it."
             )
-        if rows.shape[0] == 1:
-            return (rows / lengths[:, None]).to(self.wide)
-        q, r = torch.linalg.qr((rows / lengths[:, None]).T)
-        kept = r.diagonal().abs() > 1e-9
-        return q[:, kept].T.to(self.wide).contiguous()
+        found: list[torch.Tensor] = []
+        for row in rows / lengths[:, None]:
+            for _ in range(2):  # the second time takes out what rounding left of the first
+                for unit in found:
+                    row = row - (row @ unit) * unit
+            # A shorter rest is rounding of the directions as given: they depend on each other.
+            if float(row.norm()) > 64 * torch.finfo(self.wide).eps:
+                found.append(row / row.norm())
+        return torch.stack(found).to(self.wide)
 
     def slots(self, read: torch.Tensor, write: torch.Tensor, feature: Feature, strength: float) -> RankPart:
         count = read.shape[0]

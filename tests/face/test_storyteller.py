@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +18,15 @@ HOME = Path(__file__).parents[2] / "djinn_fx" / "data" / "storyteller"
 LAYER, ALPHA = 1, 2.0
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """So small a model gains nothing from a second thread, and waits for it where cores are busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(HOME, local_files_only=True)
@@ -26,7 +36,7 @@ def tokenizer() -> Any:
 def model() -> GPT2LMHeadModel:
     loaded = AutoModelForCausalLM.from_pretrained(HOME, local_files_only=True)
     assert isinstance(loaded, GPT2LMHeadModel)
-    return loaded.eval()
+    return loaded
 
 
 @pytest.fixture(scope="module")
@@ -90,9 +100,7 @@ def test_held_out_loss(model: GPT2LMHeadModel, tokenizer: Any) -> None:
 
 
 @torch.no_grad()
-def test_direction_turns_the_mood(
-    model: GPT2LMHeadModel, tokenizer: Any, contrast: dict[str, list[str]]
-) -> None:
+def test_direction_turns_the_mood(model: GPT2LMHeadModel, tokenizer: Any, contrast: dict[str, list[str]]) -> None:
     block = model.transformer.h[LAYER]
 
     def last(prompts: list[str]) -> Tensor:
@@ -105,7 +113,7 @@ def test_direction_turns_the_mood(
     def share(shift: Tensor) -> float:
         handle = block.register_forward_hook(lambda _m, _i, out: out + shift)
         inputs = tokenizer(contrast["gloomy"], padding=True, return_tensors="pt")
-        tokens = cast(Any, model).generate(**inputs, max_new_tokens=40, do_sample=False)
+        tokens = cast(Any, model).generate(**inputs, max_new_tokens=32, do_sample=False)
         handle.remove()
         continued = tokens[:, inputs["input_ids"].shape[1] :]
         texts = tokenizer.batch_decode(continued, skip_special_tokens=True)

@@ -179,7 +179,7 @@ def test_a_length_beyond_the_arena_is_our_bug() -> None:
 
 
 def test_threads_and_grad_mode_do_not_matter() -> None:
-    cases = [make_case(PREFILL, seed=seed, softcap=2.0) for seed in range(8)]
+    cases = [make_case(PREFILL, seed=seed, softcap=2.0) for seed in range(4)]
     expected = [case.run() for case in cases]
 
     def run(case: Case) -> torch.Tensor:

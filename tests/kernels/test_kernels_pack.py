@@ -38,7 +38,7 @@ def random_bits(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 def raw(tensor: Tensor) -> Tensor:
     """The row-major bytes of a tensor."""
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
+    return tensor.clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
 
 
 def strided(tensor: Tensor, how: str) -> Tensor:

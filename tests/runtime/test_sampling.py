@@ -14,7 +14,7 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 
 from djinn_fx.errors import InvalidValue
 from djinn_fx.kernels.philox import uniform
-from djinn_fx.runtime.sampling import SamplingSpec, greedy, sample, weights
+from djinn_fx.runtime.sampling import SamplingSpec, greedy, invert, sample, weights
 
 NAN, INF = math.nan, math.inf
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -77,9 +77,15 @@ def test_top_p_keeps_the_smallest_sufficient_set(scores: list[float], top_p: flo
 
 
 def test_exactly_sufficient_mass_is_enough() -> None:
-    ten = torch.zeros(1, 10)
-    for tenths in range(1, 11):
-        assert int((weights(ten, SamplingSpec(top_p=tenths / 10)) > 0).sum()) == tenths
+    for count in (10, 1000):
+        level = torch.zeros(1, count)
+        for kept in range(count // 10, count + 1, count // 10):
+            assert int((weights(level, SamplingSpec(top_p=kept / count)) > 0).sum()) == kept
+    assert int((weights(torch.zeros(1, 100_000), SamplingSpec(top_p=0.12345)) > 0).sum()) == 12_345
+
+
+def test_the_likeliest_token_stays_whatever_top_p() -> None:
+    assert (weights(torch.tensor([[1.0, 2.0, 0.0]]), SamplingSpec(top_p=1e-30)) > 0).tolist() == [[False, True, False]]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -100,6 +106,17 @@ def test_draws_invert_the_cumulative_distribution() -> None:
     cumulative = logits.double().softmax(-1).cumsum(-1)
     expected = torch.searchsorted(cumulative, uniform(torch.full_like(steps, 3), steps), right=True)
     assert torch.equal(draws(logits, SPECS[0], 500, seed=3), expected)
+
+
+@given(st.integers(1, 2**62 - 1), st.integers(0, 2**61), st.sampled_from([0.0, 0.25, 1 - 2**-53]))
+def test_invert_stays_within_the_total(most: int, rest: int, share: float) -> None:
+    found = torch.tensor([[0, most, 0, min(rest, 2**62 - 1 - most), 0]])
+    token = int(invert(found, torch.tensor([share], dtype=torch.float64)))
+    assert found[0, token] > 0
+    if share == 0:
+        assert token == 1
+    elif share > 0.5 and found[0, 3] > 2**14:
+        assert token == 3
 
 
 def test_seeds_and_positions_draw_anew_and_repeat() -> None:
@@ -134,6 +151,7 @@ def test_bits_in_large_batches(spec: SamplingSpec, device: str) -> None:
     found = weights(logits, spec)
     assert all(torch.equal(found[index : index + 1], weights(logits[index : index + 1], spec)) for index in range(9))
     assert found.sum(-1).max() < 2**62
+    assert weights(torch.zeros(1, 4095, device=device), SPECS[0]).sum() < 2**62
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -191,6 +209,14 @@ def test_never_waits_for_the_device(spec: SamplingSpec) -> None:
         captured = sample(logits, spec, seeds, positions)
     graph.replay()
     assert torch.equal(captured, eager)
+
+
+@pytest.mark.gpu
+def test_seeds_may_be_on_the_host() -> None:
+    logits = torch.randn(30, 500, device="cuda")
+    seeds, positions = torch.arange(30), torch.arange(30) * 5
+    there = sample(logits, SPECS[4], seeds.cuda(), positions.cuda())
+    assert torch.equal(sample(logits, SPECS[4], seeds, positions), there)
 
 
 @pytest.mark.parametrize(
