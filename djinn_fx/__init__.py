@@ -1,16 +1,16 @@
 """Breakpoints for compiled transformers: stop, look, edit, fork, rewind and resume inside a forward pass.
 
-    import djinn_fx as djinn
+import djinn_fx as djinn
 
-    dj = djinn.compile(model)
-    with dj.session() as s:
-        for stop in s.generate(prompt, max_new_tokens=16, breakpoints=["resid_post.6"]):
-            stop.value.mul_(0.9)
+dj = djinn.compile(model)
+with dj.session() as s:
+for stop in s.generate(prompt, max_new_tokens=16, breakpoints=["resid_post.6"]):
+stop.value.mul_(0.9)
 """
 
 from djinn_fx import when
 from djinn_fx._version import __version__
-from djinn_fx.api import Dj, check, compile  # noqa: A004 - the public name
+from djinn_fx.api import Dj, check, compile
 from djinn_fx.errors import (
     CapacityError,
     CaptureError,

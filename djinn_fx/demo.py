@@ -21,8 +21,8 @@ from rich.table import Table
 from rich.text import Text
 
 from djinn_fx import bundled, render
-from djinn_fx.api import Dj
 from djinn_fx.api import compile as djinn_compile
+from djinn_fx.dj import Dj
 from djinn_fx.runtime.flight import same_bits
 from djinn_fx.runtime.run import Run
 
@@ -102,7 +102,7 @@ def prepare(reference: str | None, console: Console) -> Demo:
     with _working(console, f"loading {'the bundled storyteller' if reference is None else path}"):
         model, tokenizer = bundled.load(path)
         if torch.cuda.is_available():
-            model = model.to("cuda")  # type: ignore[arg-type]
+            model = model.to("cuda")
     if reference is None:
         contrast = bundled.contrast()
         prompts = (contrast.joyful, contrast.gloomy, contrast.neutral)
@@ -151,14 +151,16 @@ def stop_look_edit(demo: Demo) -> None:
             stops += 1
             if stops == 1:
                 demo.say(
-                    f"  prompt: [italic]{demo.prompt}[/italic]\n  stopped after [bold]{stop.site}[/bold], {stop.phase}, "
-                    f"positions {stop.positions[0]}-{stop.positions[-1]}; later layers have not run"
+                    f"  prompt: [italic]{demo.prompt}[/italic]\n  stopped after [bold]{stop.site}[/bold], "
+                    f"{stop.phase}, positions {stop.positions[0]}-{stop.positions[-1]}; later layers have not run"
                 )
                 demo.console.print(render.activation(stop.value[-1], demo.tokenizer, dj.unembed))
         lens = dj.run_with_cache(demo.prompt, "resid_post", logits=False)[1].stack("resid_post", -1)[:, 0]
         demo.console.print(render.logit_lens(lens, demo.tokenizer, dj.unembed))
-        demo.verdict(f"{stops} stops at {site}, every one resumed untouched: same tokens as never stopping",
-                     torch.equal(run.tokens, plain.tokens))
+        demo.verdict(
+            f"{stops} stops at {site}, every one resumed untouched: same tokens as never stopping",
+            torch.equal(run.tokens, plain.tokens),
+        )
         other = edited.generate(demo.prompt, max_new_tokens=demo.new_tokens, breakpoints=[site])
         next(other).value.mul_(-1.0)
         other.run_to_end()
@@ -187,9 +189,7 @@ def steer(demo: Demo) -> None:
                 "steering with strength 0 changes nothing",
                 all(torch.equal(a.tokens, b.tokens) for a, b in zip(plain, steered, strict=True)),
             )
-        demo.console.print(
-            Text(f"  {strength:+10.1f} x  ", style="dim"), Text((steered[0].text or "").strip()), sep=""
-        )
+        demo.console.print(Text(f"  {strength:+10.1f} x  ", style="dim"), Text((steered[0].text or "").strip()), sep="")
     if counts.row_count:
         demo.console.print(counts)
 
@@ -217,9 +217,7 @@ def pause_and_serve(demo: Demo) -> None:
         with dj.session() as session:
             alone.append(session.generate(text, max_new_tokens=demo.new_tokens, output_logits=True).result())
     with dj.session() as a, dj.session() as b:
-        run_a = a.generate(
-            demo.prompt, max_new_tokens=demo.new_tokens, breakpoints=[demo.site], output_logits=True
-        )
+        run_a = a.generate(demo.prompt, max_new_tokens=demo.new_tokens, breakpoints=[demo.site], output_logits=True)
         for _ in range(3):
             stop = next(run_a)
         demo.say(f"  A pauses at {stop.site}, position {stop.position}; B runs from start to end")
@@ -246,7 +244,10 @@ def fork_and_part(demo: Demo) -> None:
             parts = next((i for i, (x, y) in enumerate(zip(own, tokens[0], strict=False)) if x != y), None)
             where = "same" if parts is None else f"parts at position {parts}"
             demo.console.print(
-                Text(f"  {label:>12}  ", style="dim"), Text((result.text or "").strip()), Text(f"  [{where}]", style="cyan"), sep=""
+                Text(f"  {label:>12}  ", style="dim"),
+                Text((result.text or "").strip()),
+                Text(f"  [{where}]", style="cyan"),
+                sep="",
             )
 
 

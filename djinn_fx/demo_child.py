@@ -9,8 +9,8 @@ import sys
 import torch
 
 from djinn_fx import bundled
-from djinn_fx.demo import _length
 from djinn_fx.api import compile as djinn_compile
+from djinn_fx.demo import _length
 
 
 def main(path: str, reference: str) -> None:
@@ -18,10 +18,8 @@ def main(path: str, reference: str) -> None:
     torch.set_num_threads(int(os.environ.get("DJINN_DEMO_THREADS", torch.get_num_threads())))
     model, tokenizer = bundled.load(reference)
     if torch.cuda.is_available():
-        model = model.to("cuda")  # type: ignore[arg-type]
-    dj = djinn_compile(
-        model, tokenizer=tokenizer, max_length=_length(model), prefill_chunk=64, verify=False
-    )
+        model = model.to("cuda")
+    dj = djinn_compile(model, tokenizer=tokenizer, max_length=_length(model), prefill_chunk=64, verify=False)
     with dj.restore(path) as session:
         run = session.run
         assert run is not None

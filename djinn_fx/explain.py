@@ -12,7 +12,9 @@ def explain(program: Program) -> str:
     lines += ["", "passes"]
     for record in program.records:
         change = f"{len(record.before):5d} -> {len(record.after):5d} nodes"
-        lines.append(f"  {record.index:2d} {record.name:10s} {change}  {record.seconds * 1e3:7.1f} ms  {record.verdict}")
+        lines.append(
+            f"  {record.index:2d} {record.name:10s} {change}  {record.seconds * 1e3:7.1f} ms  {record.verdict}"
+        )
     lines += ["", "segments"]
     classes: dict[str, int] = {}
     for segment in program.segments:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -54,9 +54,7 @@ class DjModule:
         """What the module returns."""
         return self.run(*args, **kwargs).result()
 
-    def run(
-        self, *args: Any, breakpoints: Iterable[str | Breakpoint] = (), **kwargs: Any
-    ) -> ModuleRun:
+    def run(self, *args: Any, breakpoints: Iterable[str | Breakpoint] = (), **kwargs: Any) -> ModuleRun:
         """A lazy run on these inputs: iterate it for its stops, ``result()`` is the module's return value.
 
         Raises:
@@ -64,9 +62,7 @@ class DjModule:
         """
         return self._run(args, kwargs, self._sites, breakpoints)
 
-    def run_with_cache(
-        self, *args: Any, sites: str | Iterable[str] | None = None, **kwargs: Any
-    ) -> tuple[Any, Cache]:
+    def run_with_cache(self, *args: Any, sites: str | Iterable[str] | None = None, **kwargs: Any) -> tuple[Any, Cache]:
         """The module's return value and the values of sites (default: the compiled ones), in their own shapes."""
         chosen = self._sites if sites is None else self._table.select(sites)
         run = self._run(args, kwargs, chosen, [site.name for site in chosen])
@@ -127,14 +123,12 @@ class DjModule:
 
         return explain(self.program)
 
-    def _run(
-        self, args: Any, kwargs: Any, sites: Any, breakpoints: Iterable[str | Breakpoint]
-    ) -> ModuleRun:
+    def _run(self, args: Any, kwargs: Any, sites: Any, breakpoints: Iterable[str | Breakpoint]) -> ModuleRun:
         self._guard.check()
         program, tensors = self._program(args, kwargs, sites)
         return ModuleRun(program, tensors, self._table, breakpoints)
 
-    def _program(self, args: Any, kwargs: Any, sites: Any) -> tuple[Program, Sequence[torch.Tensor]]:
+    def _program(self, args: Any, kwargs: Any, sites: Any) -> tuple[Program, Mapping[str, torch.Tensor]]:
         inputs = normalise_inputs((args, kwargs)) if kwargs else normalise_inputs(tuple(args))
         tensors, shape_key = flatten_inputs(inputs)
         key = (shape_key, tuple(site.name for site in sites))

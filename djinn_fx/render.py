@@ -39,9 +39,7 @@ def top_tokens(h: torch.Tensor, tokenizer: Any, unembed: Unembed, count: int = 4
     """The likeliest next tokens and their probabilities if the model ended at this residual ``[width]``."""
     probabilities = unembed(h).float().softmax(-1)
     best = probabilities.topk(min(count, probabilities.numel()))
-    return [
-        (tokenizer.decode([int(token)]), float(p)) for p, token in zip(best.values, best.indices, strict=True)
-    ]
+    return [(tokenizer.decode([int(token)]), float(p)) for p, token in zip(best.values, best.indices, strict=True)]
 
 
 def logit_lens(residuals: torch.Tensor, tokenizer: Any, unembed: Unembed) -> Table:

@@ -11,9 +11,7 @@ from djinn_fx.runtime.inputs import PromptBatch
 from djinn_fx.specs import Positions
 
 
-def select_positions(
-    batch: PromptBatch, values: Sequence[torch.Tensor], positions: Positions | None
-) -> torch.Tensor:
+def select_positions(batch: PromptBatch, values: Sequence[torch.Tensor], positions: Positions | None) -> torch.Tensor:
     """Rows ``[tokens, ...]`` as one tensor: the users' layout, or the chosen positions of each row.
 
     Raises:

@@ -1,7 +1,7 @@
 """Frozen descriptions that users and rooms hand to each other: edits, features, breakpoints, tables.
 
-Nothing here runs a model. :class:`Edit` and :class:`Feature` are what users write; :func:`edit_tables` fixes the tensors
-by which a compiled program receives them, so that the steer pass and the runtime cannot disagree.
+Nothing here runs a model. :class:`Edit` and :class:`Feature` are what users write; :func:`edit_tables` fixes the
+tensors by which a compiled program receives them, so that the steer pass and the runtime cannot disagree.
 """
 
 from __future__ import annotations

@@ -25,9 +25,7 @@ class Reference:
 
 
 @torch.no_grad()
-def reference(
-    model: nn.Module, tokens: list[int], attention: str, blocks: tuple[str, ...]
-) -> Reference | None:
+def reference(model: nn.Module, tokens: list[int], attention: str, blocks: tuple[str, ...]) -> Reference | None:
     """Run the eager model on one prompt, on a clone that shares its weights.
 
     Args:

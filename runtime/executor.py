@@ -133,9 +133,7 @@ class Executor:
         run_segments(chunk.program, chunk.env, chunk.next_segment, last)
         chunk.next_segment = max(chunk.next_segment, last + 1)
 
-    def _prepare(
-        self, batch: Sequence[BatchRow], current: Program | None = None
-    ) -> tuple[Env, Program]:
+    def _prepare(self, batch: Sequence[BatchRow], current: Program | None = None) -> tuple[Env, Program]:
         sites = self.sites if current is None else current.sites
         variant = variant_for(batch, sites)
         if current is not None and variant == "plain":

@@ -33,6 +33,10 @@ class Flight:
     values: StepValues | None = None
     chunk: Chunk | None = None
 
+    def sites(self, compiled: tuple[Site, ...]) -> tuple[Site, ...]:
+        """The sites at which this step can stop: a chunk keeps those it began with."""
+        return compiled if self.chunk is None else self.chunk.program.sites
+
     def value(self, site: Site) -> torch.Tensor:
         """Value of a site that the step has reached: ``[tokens, *feature_shape]``, a view."""
         if self.chunk is not None:

@@ -11,7 +11,7 @@ import torch
 from djinn_fx.errors import InvalidValue
 
 if TYPE_CHECKING:
-    from djinn_fx.runtime.engine import Tokenizer
+    from djinn_fx.runtime.options import Tokenizer
 
 _FORMS = "a str, a list of ints, a LongTensor [T] or [1, T], or a mapping with 'input_ids'"
 
@@ -68,7 +68,7 @@ def prompt_batch(inputs: object, tokenizer: Tokenizer | None, vocab_size: int) -
     if isinstance(inputs, Mapping):
         if "input_ids" not in inputs:
             raise InvalidValue(f"the mapping has no 'input_ids' (keys: {', '.join(map(str, inputs))}).")
-        inputs, mask = inputs["input_ids"], inputs.get("attention_mask")
+        mask, inputs = inputs.get("attention_mask"), inputs["input_ids"]
     rows = _rows(inputs, tokenizer)
     masks = _rows(mask, None) if mask is not None else [[1] * len(row) for row in rows]
     if [len(row) for row in masks] != [len(row) for row in rows]:

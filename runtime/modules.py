@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -58,12 +58,12 @@ class ModuleRun:
     def __init__(
         self,
         program: Program,
-        inputs: Sequence[torch.Tensor],
+        inputs: Mapping[str, torch.Tensor],
         table: SiteTable,
         breakpoints: Iterable[str | Breakpoint],
     ) -> None:
         self._program = program
-        self._env: Env = {spec.name: tensor for spec, tensor in zip(program.inputs, inputs, strict=True)}
+        self._env: Env = dict(inputs)
         self._done = 0
         self._stop: ModuleStop | None = None
         self._watch = _resolve(breakpoints, table, program)

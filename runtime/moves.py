@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from djinn_fx.runtime.driver import deliver
 from djinn_fx.runtime.executor import Chunk
 from djinn_fx.runtime.flight import Flight, same_bits
 from djinn_fx.runtime.planner import flight_of
@@ -42,7 +43,7 @@ def arrive(engine: Engine, run: Run, step: Step, site: Site, fired: Sequence[int
     """Put a run into the middle of ``step``, stopped after ``site``; ``fired`` as in :attr:`Stop.fired`."""
     engine.bring_back(run.session)
     run.flight = execute(engine, run.session, step, site)
-    return engine.deliver(run, site, fired)
+    return deliver(engine, run, site, fired)
 
 
 def rewind(engine: Engine, run: Run, index: int, site: Site) -> Stop:
@@ -83,7 +84,7 @@ def fork(engine: Engine, run: Run, n: int, seeds: Sequence[int] | None) -> list[
         twin = run.twin(child)
         twin.flight = _copy_flight(engine, flight_of(run), row)
         child.adopt(twin)
-        copied = engine.deliver(twin, site, stop.fired)
+        copied = deliver(engine, twin, site, stop.fired)
         copied.value = stop.value
         made.append(copied)
     return made

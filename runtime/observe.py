@@ -145,9 +145,7 @@ class Observer:
 
     def capture(self, batch: PromptBatch, plan: Sweep) -> tuple[list[torch.Tensor], dict[str, list[torch.Tensor]]]:
         """Run a batch and keep every site's value: by site, per row, ``[tokens, *feature_shape]``."""
-        found: dict[str, list[list[torch.Tensor]]] = {
-            site.name: [[] for _ in batch.rows] for site in plan.sites
-        }
+        found: dict[str, list[list[torch.Tensor]]] = {site.name: [[] for _ in batch.rows] for site in plan.sites}
 
         def keep(site: Site, env: Env, steps: Sequence[Step]) -> None:
             for index, step in enumerate(steps):
@@ -187,9 +185,7 @@ class Observer:
         rows = self.sweep(batch, plan, call)
         return [row[-logits:] for row in rows] if logits else rows
 
-    def first_nonfinite(
-        self, batch: PromptBatch, sites: Sequence[Site]
-    ) -> tuple[Site, list[tuple[int, int]]] | None:
+    def first_nonfinite(self, batch: PromptBatch, sites: Sequence[Site]) -> tuple[Site, list[tuple[int, int]]] | None:
         """The first site with a NaN or Inf and its ``(row, position)`` pairs; None if all is finite."""
         found: dict[str, list[tuple[int, int]]] = {}
 

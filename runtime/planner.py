@@ -13,7 +13,7 @@ from djinn_fx.sites import Site, SiteTable, require_compiled
 from djinn_fx.specs import ProgramShape
 
 if TYPE_CHECKING:
-    from djinn_fx.runtime.engine import EngineOptions
+    from djinn_fx.runtime.options import EngineOptions
     from djinn_fx.runtime.run import Run
     from djinn_fx.runtime.session import Session
 
@@ -130,7 +130,5 @@ def conclude(run: Run, token: int | None, options: EngineOptions) -> None:
         run.finish("eos")
     elif token in run.options.stop_token_ids:
         run.finish("stop_token")
-    elif run.generated >= run.options.max_new_tokens:
-        run.finish("length")
-    elif run.session.length >= options.max_length:
+    elif run.generated >= run.options.max_new_tokens or run.session.length >= options.max_length:
         run.finish("length")

@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from djinn_fx.specs import Positions
 
 
-def matching(
-    spec: Positions, start: int, sampled: Sequence[bool], last_prompt: int
-) -> tuple[bool, ...]:
+def matching(spec: Positions, start: int, sampled: Sequence[bool], last_prompt: int) -> tuple[bool, ...]:
     """For each position from ``start`` on, whether ``spec`` speaks of it.
 
     Args:

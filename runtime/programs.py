@@ -32,9 +32,7 @@ class ProgramCache:
     """
 
     build: Builder
-    _programs: dict[tuple[ProgramShape, Variant, tuple[str, ...]], Program] = field(
-        default_factory=dict
-    )
+    _programs: dict[tuple[ProgramShape, Variant, tuple[str, ...]], Program] = field(default_factory=dict)
 
     def get(self, shape: ProgramShape, variant: Variant, sites: Sequence[Site]) -> Program:
         """The program of this shape, variant and sites, made now if it is the first time."""

@@ -17,9 +17,7 @@ class Cache(Mapping[str, torch.Tensor]):
     Values are ``[B, T, *feature_shape]`` from batched calls and ``[T, *feature_shape]`` from one session's run.
     """
 
-    def __init__(
-        self, table: SiteTable, values: Mapping[str, torch.Tensor], *, batched: bool = True
-    ) -> None:
+    def __init__(self, table: SiteTable, values: Mapping[str, torch.Tensor], *, batched: bool = True) -> None:
         self._table, self._values, self._batched = table, dict(values), batched
 
     def __getitem__(self, name: str) -> torch.Tensor:

@@ -257,9 +257,7 @@ class Run:
         return Cache(self.session.engine.table, values, batched=False)
 
     def __repr__(self) -> str:
-        state = (
-            f"finished: {self.finish_reason}" if self.finished else f"at {self._stop!r}" if self._stop else "paused"
-        )
+        state = f"finished: {self.finish_reason}" if self.finished else f"at {self._stop!r}" if self._stop else "paused"
         return f"Run({self.options.kind}, {self.tokens.numel()} tokens, {state})"
 
     def __reduce__(self) -> str | tuple[object, ...]:

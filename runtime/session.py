@@ -293,8 +293,6 @@ def with_edit(steering: Mapping[str, Armed], armed: Armed) -> Steering:
 def recomputed(steps: Sequence[Step], armed: Armed) -> list[Step]:
     """The same steps, as if an edit had always acted."""
     return [
-        replace(
-            step, steering=tuple((after, with_edit(edits, armed)) for after, edits in step.steering)
-        )
+        replace(step, steering=tuple((after, with_edit(edits, armed)) for after, edits in step.steering))
         for step in steps
     ]

@@ -95,9 +95,7 @@ class Stop:
         self.require_current("assign to stop.value")
         old = self._value
         if not isinstance(new, torch.Tensor):
-            raise InvalidValue(
-                f"stop.value at {self.site!r} must be a tensor, got {type(new).__name__}."
-            )
+            raise InvalidValue(f"stop.value at {self.site!r} must be a tensor, got {type(new).__name__}.")
         if new.shape != old.shape or new.dtype != old.dtype or new.device != old.device:
             raise InvalidValue(
                 f"stop.value at {self.site!r} is {_describe(old)}; cannot assign {_describe(new)}. "
@@ -171,10 +169,7 @@ class Stop:
 
     def __repr__(self) -> str:
         state = "" if self.current else ", stale"
-        return (
-            f"Stop({self.site!r}, position={self.position}, {self.phase}, "
-            f"value={_describe(self._value)}{state})"
-        )
+        return f"Stop({self.site!r}, position={self.position}, {self.phase}, value={_describe(self._value)}{state})"
 
     def __reduce__(self) -> str | tuple[object, ...]:
         raise TypeError("a Stop does not pickle; use stop.checkpoint().save(path).")

@@ -48,9 +48,7 @@ def acting(step: Step, site: Site) -> Armed | None:
     return armed
 
 
-def step_inputs(
-    batch: Sequence[BatchRow], shape: ProgramShape, spare_row: int, device: torch.device
-) -> Tables:
+def step_inputs(batch: Sequence[BatchRow], shape: ProgramShape, spare_row: int, device: torch.device) -> Tables:
     """Tokens, positions, rows, lengths and kept indices of a batch, padded to ``shape``.
 
     Batch rows beyond ``batch`` are dead: length 0, position 0, the spare arena row.
@@ -91,9 +89,7 @@ def steering_inputs(
     tables: Tables = {}
     for site in sites:
         for spec in edit_tables(site, shape, variant, dtype, rank):
-            tables[spec.name] = torch.full(
-                spec.shape, spec.neutral, dtype=spec.dtype, device=device
-            )
+            tables[spec.name] = torch.full(spec.shape, spec.neutral, dtype=spec.dtype, device=device)
         if variant == "plain":
             continue
         for index, row in enumerate(batch):

@@ -1,0 +1,251 @@
+"""The compiled language model: what :func:`djinn_fx.compile` returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+
+from djinn_fx.looking import Looking
+from djinn_fx.passes.pipeline import CaptureStore, build, discover
+from djinn_fx.passes.source import Source
+from djinn_fx.program import PassRecord, Program
+from djinn_fx.runtime import batch as batching
+from djinn_fx.runtime.arena import KVArena
+from djinn_fx.runtime.checkpoint import Checkpoint
+from djinn_fx.runtime.engine import Engine
+from djinn_fx.runtime.fingerprint import Identity
+from djinn_fx.runtime.guard import WeightGuard
+from djinn_fx.runtime.observe import Observer
+from djinn_fx.runtime.options import EngineOptions, Tokenizer
+from djinn_fx.runtime.programs import ProgramCache, bucket
+from djinn_fx.runtime.receipt import Receipt
+from djinn_fx.runtime.results import Result
+from djinn_fx.runtime.run import Run
+from djinn_fx.runtime.session import Session
+from djinn_fx.runtime.stop import Stop
+from djinn_fx.sites import Site, SiteTable
+from djinn_fx.specs import Breakpoint, Edit, ProgramShape, Variant
+
+
+class Dj(Looking):
+    """A compiled language model.
+
+    Attributes:
+        engine: the machine behind it.
+        receipt: how exact it was measured to be; None with ``verify=False``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        source: Source,
+        options: EngineOptions,
+        sites: Sequence[str],
+        tokenizer: Tokenizer | None,
+    ) -> None:
+        store = CaptureStore()
+        table = discover(source, store)
+        arena = KVArena(source.kv, options.max_sessions, options.max_length, source.dtype, source.device)
+        programs = ProgramCache(partial(_build, source, store, options.edit_rank, arena))
+        guard = WeightGuard(model)
+        self.receipt: Receipt | None = None
+        self.engine = Engine(
+            programs=programs,
+            arena=arena,
+            table=table,
+            sites=table.select(sites),
+            options=options,
+            dtype=source.dtype,
+            device=source.device,
+            tokenizer=tokenizer,
+            guard=guard.check,
+            identity=Identity(guard.tensors, dict(source.config), source.model_type),
+        )
+        self.observer = Observer(
+            programs,
+            table,
+            source.kv,
+            source.dtype,
+            source.device,
+            options.prefill_chunk,
+            options.max_length,
+            source.windows,
+        )
+
+    # -- sessions ------------------------------------------------------------------------------
+
+    def session(self, seed: int = 0) -> Session:
+        """Open a session; close it, or use it in ``with``.
+
+        Raises:
+            CapacityError: every KV row is taken.
+            SessionClosed: the model was closed.
+        """
+        self._alive()
+        return self.engine.open_session(seed)
+
+    def generate(
+        self,
+        prompts: object,
+        *,
+        max_new_tokens: int,
+        edits: Sequence[Edit] | Sequence[Sequence[Edit]] | None = None,
+        breakpoints: Iterable[str | Breakpoint] = (),
+        seeds: Sequence[int] | None = None,
+        capture: Iterable[str] = (),
+        on_token: Callable[[int, int], object] | None = None,
+        **sampling: Any,
+    ) -> list[Result]:
+        """Generate for many prompts, batched; those beyond ``max_sessions`` wait for a free row.
+
+        Args:
+            prompts: a list of prompts, or ``[B, T]`` token ids with an ``attention_mask``.
+            max_new_tokens: tokens to generate at most, per prompt.
+            edits: one list of Edits for all prompts, or one list per prompt.
+            breakpoints: where one fires, its prompt ends with ``finish_reason="breakpoint"``.
+            seeds: one per prompt; 0, 1, 2... by default.
+            capture: sites whose values the results' caches shall hold.
+            on_token: called with the prompt's index and each new token.
+            **sampling: ``do_sample``, ``temperature``, ``top_k``, ``top_p``, ``stop_token_ids``, ``output_logits`` as
+                in :meth:`Session.generate`.
+
+        Returns:
+            one result per prompt, in order.
+        """
+        single = isinstance(prompts, str)
+        rows = self._batch([prompts] if single else prompts).rows
+        todo = batching.requests(rows, edits, seeds)
+
+        def begin(session: Session, request: batching.Request) -> Run:
+            tell = None if on_token is None else partial(on_token, request.index)
+            return session.generate(
+                request.inputs,
+                max_new_tokens=max_new_tokens,
+                on_token=tell,
+                capture=capture,
+                breakpoints=breakpoints,
+                **sampling,
+            )
+
+        return batching.generate(self.engine, todo, begin)
+
+    def as_stopped(self, runs: Sequence[Run]) -> Iterator[Stop]:
+        """Drive runs together and yield their stops; see :func:`djinn_fx.runtime.batch.as_stopped`."""
+        return batching.as_stopped(self.engine, list(runs))
+
+    def results(self, runs: Sequence[Run]) -> list[Result]:
+        """Drive runs together to their ends, passing over breakpoints."""
+        return batching.results(self.engine, list(runs))
+
+    def restore(
+        self,
+        checkpoint: Any,
+        breakpoints: Iterable[str | Breakpoint] = (),
+        exact: bool = True,
+    ) -> Session:
+        """Bring a checkpoint (a path or a :class:`Checkpoint`) back as a session.
+
+        Its run, if it had one, is ``session.run``; a run that stood at a stop stands there again.
+
+        Raises:
+            CheckpointError: damaged, of another model, or (with ``exact``) of another environment.
+            CapacityError, SiteNotCompiled.
+        """
+        self._alive()
+        loaded = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.load(checkpoint)
+        return loaded.restore_into(self.engine, breakpoints=breakpoints, exact=exact)
+
+    # -- the compiled model --------------------------------------------------------------------
+
+    def add_sites(self, sites: str | Iterable[str]) -> None:
+        """Compile more sites in; sessions and stopped runs go on.
+
+        Raises:
+            UnknownSite: no such site.
+        """
+        self._alive()
+        with self.engine.lock:
+            names = [site.name for site in self.engine.table.select(sites if isinstance(sites, str) else list(sites))]
+            self.engine.sites = self.engine.table.select([*self.engine.compiled_names, *names])
+
+    def warmup(self, rows: Iterable[int] = (1,)) -> None:
+        """Make the programs that decode ``rows`` rows and that take a full prompt chunk now, not when first needed."""
+        self._alive()
+        engine, chunk = self.engine, self.engine.options.prefill_chunk
+        with engine.lock:
+            for count in rows:
+                engine.programs.get(ProgramShape(bucket(count), 1, 1), "plain", engine.sites)
+            engine.programs.get(ProgramShape(1, chunk, 1), "plain", engine.sites)
+
+    @property
+    def sites(self) -> SiteTable:
+        """Every site of the model; ``dj.compiled_sites`` are those compiled in."""
+        return self.engine.table
+
+    @property
+    def compiled_sites(self) -> tuple[str, ...]:
+        """Names of the sites at which runs can stop and be steered."""
+        return self.engine.compiled_names
+
+    @property
+    def program(self) -> Program:
+        """The decode program of one row, armed."""
+        with self.engine.lock:
+            return self.engine.programs.get(ProgramShape(1, 1, 1), "armed", self.engine.sites)
+
+    @property
+    def passes(self) -> tuple[PassRecord, ...]:
+        """What each compiler pass did to :attr:`program`."""
+        return self.program.records
+
+    def memory(self) -> dict[str, int]:
+        """Bytes by component: ``weights``, ``kv``, ``host`` (offloaded sessions), ``sessions``."""
+        engine = self.engine
+        with engine.lock:
+            per_position = engine.arena.nbytes // ((engine.arena.rows + 1) * (engine.arena.positions + 1))
+            return {
+                "weights": sum(tensor.nbytes for tensor in engine.identity.weights.values()),
+                "kv": engine.arena.nbytes,
+                "kv_used": sum(per_position * session.extent for session in engine.sessions if session.resident),
+                "host": sum(sum(t.nbytes for t in session.host or ()) for session in engine.sessions),
+            }
+
+    def explain(self) -> str:
+        """A summary of the compiled program: passes, segments and what crosses each yield point."""
+        from djinn_fx.explain import explain
+
+        return explain(self.program)
+
+    def close(self) -> None:
+        """Close every session and free the KV arena."""
+        self.engine.close()
+
+    def __enter__(self) -> Dj:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __reduce__(self) -> str | tuple[object, ...]:
+        raise TypeError("a compiled model does not pickle; pickle the model and compile it again.")
+
+
+def _build(
+    source: Source,
+    store: CaptureStore,
+    rank: int,
+    arena: KVArena,
+    shape: ProgramShape,
+    variant: Variant,
+    sites: Sequence[Site],
+) -> Program:
+    return build(source, shape, sites=sites, variant=variant, rank=rank, arenas=arena.layers, store=store)

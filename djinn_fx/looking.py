@@ -1,0 +1,151 @@
+"""Calls on whole prompts, without a session: forward, caches, hooks, the logit lens, the first NaN."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from djinn_fx.errors import SessionClosed
+from djinn_fx.runtime.engine import Engine
+from djinn_fx.runtime.inputs import PromptBatch, prompt_batch
+from djinn_fx.runtime.observe import Hook, Observer, Sweep
+from djinn_fx.runtime.results import Cache, Output
+from djinn_fx.select import select_positions
+from djinn_fx.specs import Positions
+
+
+class Looking:
+    """What a compiled language model can be asked without a session.
+
+    Attributes:
+        engine: the machine behind the model.
+        observer: runs whole prompts over scratch arenas.
+    """
+
+    engine: Engine
+    observer: Observer
+
+    def __call__(self, inputs: object) -> Output:
+        """Plain forward of one or many prompts; ``.logits`` is ``[B, T, vocab]`` in the layout given.
+
+        Raises:
+            InvalidValue, CapacityError: a prompt that is empty, malformed or too long.
+        """
+        batch = self._batch(inputs)
+        logits = self.observer.sweep(batch, Sweep((), None, self.engine.options.prefill_chunk))
+        return Output(batch.spread(logits))
+
+    def run_with_cache(
+        self,
+        inputs: object,
+        sites: str | Iterable[str] = "resid_post",
+        *,
+        positions: Positions | None = None,
+        stop_after: str | None = None,
+        logits: bool | int = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> tuple[torch.Tensor | None, Cache]:
+        """Forward one or many prompts and keep the values of sites, compiled in or not.
+
+        Args:
+            inputs: one prompt or many.
+            sites: which values to keep.
+            positions: which positions to keep; negative ints count from each prompt's end; None keeps all, in the
+                layout given.
+            stop_after: end the pass after this site; no logits then.
+            logits: False for none, True for all, an int for that many trailing positions.
+            device: move kept values there.
+            dtype: convert kept values to it.
+
+        Returns:
+            logits ``[B, T, vocab]`` or None, and the cache; values are ``[B, T, *feature_shape]``.
+
+        Raises:
+            UnknownSite, InvalidValue, CapacityError.
+        """
+        batch, table = self._batch(inputs), self.engine.table
+        chosen = table.select(sites if isinstance(sites, str) else list(sites))
+        last = table.get(stop_after) if stop_after is not None else None
+        if last is not None:
+            chosen = tuple(site for site in chosen if site.order <= last.order)
+        elif not logits and chosen:
+            last = chosen[-1]
+        cuts = {site.name: site for site in (*chosen, *((last,) if last else ()))}
+        wanted = None if logits is True or any(s.axis == "kept" for s in chosen) else int(logits)
+        plan = Sweep(
+            tuple(sorted(cuts.values(), key=lambda site: site.order)),
+            wanted,
+            self.engine.options.prefill_chunk,
+            last,
+        )
+        kept_logits, values = self.observer.capture(batch, plan)
+        shaped = {site.name: select_positions(batch, values[site.name], positions).to(device, dtype) for site in chosen}
+        cache = Cache(table, shaped)
+        if not logits or not kept_logits:
+            return None, cache
+        if logits is True:
+            return batch.spread(kept_logits), cache
+        return torch.stack([row[-int(logits) :] for row in kept_logits]), cache
+
+    def run_with_hooks(
+        self,
+        inputs: object,
+        fwd_hooks: Sequence[tuple[str, Hook]] = (),
+        *,
+        logits: bool | int = True,
+    ) -> torch.Tensor | None:
+        """Forward with hooks, as TransformerLens has them, at any site, compiled in or not.
+
+        Args:
+            inputs: one prompt or many.
+            fwd_hooks: pairs of a site (name or glob) and ``fn(value, hook)`` (or ``fn(value)``); ``value`` is
+                ``[B, T, *feature_shape]`` in the layout given, zeros at pads; return a tensor of the same shape, or
+                None to keep it (changes in place count).
+            logits: False for none, True for all, an int for that many trailing positions.
+
+        Returns:
+            logits ``[B, T, vocab]`` or None.
+        """
+        batch = self._batch(inputs)
+        hooks = [(site, fn) for name, fn in fwd_hooks for site in self.engine.table.select(name)]
+        rows = self.observer.with_hooks(batch, hooks, None if logits is True else int(logits) or 1)
+        if logits is True:
+            return batch.spread(rows)
+        return torch.stack(rows) if logits else None
+
+    def unembed(self, h: torch.Tensor) -> torch.Tensor:
+        """The tail segment on residuals ``[..., hidden]``: final norm, head, softcap, scale. The logit lens.
+
+        Returns:
+            logits ``[..., vocab]``.
+        """
+        self._alive()
+        posts = [site for site in self.engine.table.sites if site.role == "resid_post"]
+        return self.observer.unembed(h, posts[-1])
+
+    def first_nonfinite(self, inputs: object, sites: str | Iterable[str] = "*") -> tuple[str, tuple[Any, ...]] | None:
+        """The first site, in execution order, with a NaN or an infinity; None if all is finite.
+
+        Returns:
+            the site's name and the positions, ints for one prompt, ``(row, position)`` pairs for many.
+        """
+        batch = self._batch(inputs)
+        chosen = self.engine.table.select(sites if isinstance(sites, str) else list(sites))
+        found = self.observer.first_nonfinite(batch, chosen)
+        if found is None:
+            return None
+        site, places = found
+        alone = len(batch.rows) == 1
+        return site.name, tuple(position if alone else (row, position) for row, position in places)
+
+    def _alive(self) -> None:
+        if self.engine.closed:
+            raise SessionClosed("this compiled model was closed; compile it again.")
+        self.engine.guard()
+
+    def _batch(self, inputs: object) -> PromptBatch:
+        self._alive()
+        return prompt_batch(inputs, self.engine.tokenizer, self.engine.options.vocab_size)

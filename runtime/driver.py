@@ -1,0 +1,194 @@
+"""The driver: brings runs to their next stop, one batched step at a time.
+
+Everything that touches the arena or a session's state happens under the engine's lock; predicates and callbacks of the
+user run outside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+
+from djinn_fx.errors import SessionBusy
+from djinn_fx.runtime import planner
+from djinn_fx.runtime.flight import Flight, same_bits
+from djinn_fx.runtime.results import StepRecord
+from djinn_fx.runtime.run import Run
+from djinn_fx.runtime.sampling import sample
+from djinn_fx.runtime.stop import Stop
+from djinn_fx.runtime.tables import BatchRow
+from djinn_fx.sites import Site
+
+if TYPE_CHECKING:
+    from djinn_fx.runtime.engine import Engine
+
+
+def iterate(engine: Engine, runs: Sequence[Run]) -> list[Stop]:
+    """Bring every run to its next stop, or one step further; returns the stops, in order.
+
+    Raises:
+        SessionBusy: another thread is driving one of them.
+        InvalidPredicate: a predicate failed; its run stays where it was.
+    """
+    with _driving(engine, runs), torch.no_grad():
+        with engine.lock:
+            for run in runs:
+                run.session.require_open()
+                engine.bring_back(run.session)
+                _settle(engine, run)
+        for run in runs:
+            _draw_first(engine, run)
+        stops = {id(run): _seek(engine, run) for run in runs if run.flight is not None}
+        moving = [run for run in runs if not run.finished and not stops.get(id(run))]
+        with engine.lock:
+            _launch(engine, moving)
+        for run in moving:
+            stops[id(run)] = _seek(engine, run)
+    return [stop for run in runs if (stop := stops.get(id(run))) is not None]
+
+
+@contextmanager
+def _driving(engine: Engine, runs: Sequence[Run]) -> Iterator[None]:
+    with engine.lock:
+        if any(run.driving for run in runs):
+            raise SessionBusy("another thread is driving this run right now; wait for it.")
+        for run in runs:
+            run.driving = True
+    try:
+        yield
+    finally:
+        for run in runs:
+            run.driving = False
+
+
+def _settle(engine: Engine, run: Run) -> None:
+    """Take over what the user changed while the run stood at a stop, and leave the stop."""
+    stop, flight = run.stop, run.flight
+    if stop is None or flight is None:
+        return
+    site = engine.table.get(stop.site)
+    if not same_bits(stop.value, flight.value(site)):
+        flight.replace(site, stop.value)
+    flight.steer(run.session.steering, engine.sites)
+    if flight.chunk is not None:
+        row = BatchRow(run.session.row, flight.step)
+        engine.executor.refresh(flight.chunk, row)
+    run.stand_at(None)
+
+
+def _launch(engine: Engine, runs: Sequence[Run]) -> None:
+    """Begin the next step of each run and execute what is to be decoded, batched."""
+    waiting = []
+    for run in runs:
+        if run.flight is None and planner.next_is_decode(run):
+            waiting.append(run)
+        elif run.flight is None:
+            run.flight = Flight(planner.next_chunk(run, engine.options))
+        elif run.flight.step.decodes and run.flight.values is None:
+            waiting.append(run)
+    for group in planner.decode_groups(waiting, engine.options):
+        batch = [BatchRow(run.session.row, planner.flight_of(run).step) for run in group]
+        for run, values in zip(group, engine.executor.decode(batch), strict=True):
+            planner.flight_of(run).values = values
+    for run in runs:
+        flight = run.flight
+        if flight is not None and not flight.step.decodes and flight.chunk is None:
+            flight.chunk = engine.executor.begin(BatchRow(run.session.row, flight.step))
+
+
+def _seek(engine: Engine, run: Run) -> Stop | None:
+    """Look at the sites ahead in the step in the air: stop at the first hit, else commit."""
+    flight = run.flight
+    if flight is None or (flight.values is None and flight.chunk is None):
+        return None
+    for site in planner.watched(run, flight, flight.sites(engine.sites)):
+        if not _reach(engine, run, flight, site):
+            return None
+        fired = planner.fired(run, flight, site)
+        if fired is not None:
+            return deliver(engine, run, site, fired)
+        flight.passed = site.order
+    if flight.chunk is not None:
+        with engine.lock:
+            engine.executor.advance(flight.chunk, None)
+    _announce(run, _commit(engine, run, flight))
+    return None
+
+
+def _draw_first(engine: Engine, run: Run) -> None:
+    """Draw a run's first token from what an earlier forward call left, if it gave no tokens."""
+    session, token = run.session, None
+    with engine.lock:
+        logits = session.last_logits
+        if run.flight is None and session.length == len(session.token_list) and logits is not None:
+            kept = logits[None] if run.options.output_logits else None
+            run.records.append(StepRecord(session.length, logits=kept, stepped=False))
+            token = _draw(engine, run, logits[None])
+            planner.conclude(run, token, engine.options)
+    _announce(run, token)
+
+
+def _announce(run: Run, token: int | None) -> None:
+    """Tell the user of a new token; the caller holds no lock."""
+    if token is not None and run.options.on_token is not None:
+        run.options.on_token(token)
+
+
+def _reach(engine: Engine, run: Run, flight: Flight, site: Site) -> bool:
+    """Compute up to ``site``; False if the step has to be executed again for it first."""
+    if flight.chunk is not None:
+        with engine.lock:
+            engine.executor.advance(flight.chunk, site.name)
+        return True
+    if flight.values is not None and not flight.values.has(site):
+        flight.values = None
+        return False
+    return True
+
+
+def deliver(engine: Engine, run: Run, site: Site, fired: Sequence[int]) -> Stop:
+    """Stop a run after ``site``: the value is copied into a buffer that the stop owns."""
+    flight = planner.flight_of(run)
+    flight.passed = site.order
+    stop = Stop(run, site, flight.step, flight.value(site).clone(), fired)
+    run.stand_at(stop)
+    return stop
+
+
+def _commit(engine: Engine, run: Run, flight: Flight) -> int | None:
+    """Make the step in the air part of the session's history; returns a newly drawn token."""
+    with engine.lock:
+        session, options = run.session, run.options
+        record = StepRecord(flight.step.start)
+        for site in run.capture:
+            record.captured[site.name] = flight.value(site).clone()
+        session.journal.append(flight.step)
+        session.length = flight.step.stop
+        run.flight = None
+        token = None
+        ends = session.length == len(session.token_list)
+        if options.kind == "forward":
+            skip = max(0, run.prompt_start - flight.step.start)
+            record.logits = flight.logits()[skip:].clone()
+            session.last_logits = flight.logits()[-1].clone() if ends else None
+        elif ends:
+            if options.output_logits:
+                record.logits = flight.logits()[-1:].clone()
+            token = _draw(engine, run, flight.logits()[-1:])
+        run.records.append(record)
+        if ends:
+            planner.conclude(run, token, engine.options)
+        return token
+
+
+def _draw(engine: Engine, run: Run, logits: torch.Tensor) -> int:
+    session = run.session
+    seeds = torch.tensor([session.seed], dtype=torch.int64)
+    place = torch.tensor([session.length], dtype=torch.int64)
+    token = int(sample(logits, run.options.sampling, seeds, place))
+    session.token_list.append(token)
+    session.sampled.append(True)
+    return token

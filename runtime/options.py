@@ -1,0 +1,41 @@
+"""Fixed choices of one compiled model, and what is asked of a tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+
+class Tokenizer(Protocol):
+    """What the engine needs of a tokenizer: Hugging Face's have it."""
+
+    def __call__(self, text: str) -> Any:
+        """Encode a text to a mapping with ``input_ids``."""
+
+    def decode(self, ids: list[int]) -> str:
+        """Decode ids to text."""
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Fixed choices of one compiled model.
+
+    Attributes:
+        max_sessions: KV rows.
+        max_length: positions per session.
+        prefill_chunk: prompt tokens per chunk.
+        edit_rank: directions an edit may have.
+        batch_invariant: decode always in the program of ``max_sessions`` rows.
+        eos: tokens that end generation.
+        vocab_size: tokens are below this.
+        max_bucket: rows of the largest decode program.
+    """
+
+    max_sessions: int = 8
+    max_length: int = 1024
+    prefill_chunk: int = 512
+    edit_rank: int = 4
+    batch_invariant: bool = False
+    eos: frozenset[int] = frozenset()
+    vocab_size: int = 0
+    max_bucket: int = 64
