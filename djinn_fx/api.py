@@ -17,7 +17,7 @@ from djinn_fx.passes.support import check
 from djinn_fx.runtime.options import EngineOptions, Tokenizer
 from djinn_fx.runtime.receipt import make_receipt
 
-#: Most host memory that checkpoints and offloaded sessions may pin.
+#: Most host memory that offloaded sessions may take.
 PINNED_BYTES = 4 << 30
 
 
@@ -48,12 +48,13 @@ def compile(
             the outputs of the children of each ModuleList or Sequential, else of the direct children.
         max_sessions: sessions whose KV fits on the device at a time.
         max_length: positions per session.
-        backend: ``"eager"`` runs the segments uncompiled; ``"auto"`` picks the best there is.
+        backend: ``"eager"`` runs the segments uncompiled; ``"inductor"`` compiles each structurally different segment
+            once; ``"auto"`` is ``"eager"`` until the compiled backend is complete.
         prefill_chunk: prompt tokens per chunk.
         edit_rank: directions that one edit may have.
         batch_invariant: decode always in the program of ``max_sessions`` rows, so that a session's bits do not depend
             on who else is there.
-        pinned_bytes: most host memory that checkpoints may pin.
+        pinned_bytes: most host memory that offloaded sessions may take.
         verify: compare the captured model with the eager one before returning.
 
     Returns:
@@ -64,8 +65,8 @@ def compile(
         CaptureMismatch: it was captured, but its numbers differ from eager's beyond tolerance.
         InvalidValue, UnknownSite: an argument is off.
     """
-    if backend not in ("auto", "eager"):
-        raise InvalidValue(f"backend={backend!r}: choose 'auto' or 'eager'.")
+    if backend not in ("auto", "eager", "inductor"):
+        raise InvalidValue(f"backend={backend!r}: choose 'auto', 'eager' or 'inductor'.")
     if example_inputs is not None:
         return compile_module(model, example_inputs, sites)
     for name, value in (
@@ -85,9 +86,10 @@ def compile(
         batch_invariant=batch_invariant,
         eos=_eos_of(model),
         vocab_size=source.vocab_size or 0,
+        pinned_bytes=pinned_bytes,
     )
     chosen = ("resid_post",) if sites is None else (sites,) if isinstance(sites, str) else tuple(sites)
-    dj = Dj(model, source, options, chosen, tokenizer)
+    dj = Dj(model, source, options, chosen, tokenizer, "eager" if backend == "auto" else backend)
     if verify:
         dj.receipt = make_receipt(dj.engine, dj.observer, partial(reference, model))
     return dj

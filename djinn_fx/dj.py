@@ -10,6 +10,9 @@ from typing import Any
 from torch import nn
 
 from djinn_fx.looking import Looking
+from djinn_fx.passes.context import Lower
+from djinn_fx.passes.inductor import InductorLowering
+from djinn_fx.passes.lower import lower_eager
 from djinn_fx.passes.pipeline import CaptureStore, build, discover
 from djinn_fx.passes.source import Source
 from djinn_fx.program import PassRecord, Program
@@ -46,11 +49,13 @@ class Dj(Looking):
         options: EngineOptions,
         sites: Sequence[str],
         tokenizer: Tokenizer | None,
+        backend: str = "eager",
     ) -> None:
+        lowering: Lower = InductorLowering() if backend == "inductor" else lower_eager
         store = CaptureStore()
         table = discover(source, store)
         arena = KVArena(source.kv, options.max_sessions, options.max_length, source.dtype, source.device)
-        programs = ProgramCache(partial(_build, source, store, options.edit_rank, arena))
+        programs = ProgramCache(partial(_build, source, store, options.edit_rank, arena, lowering))
         guard = WeightGuard(model)
         self.receipt: Receipt | None = None
         self.engine = Engine(
@@ -63,10 +68,11 @@ class Dj(Looking):
             device=source.device,
             tokenizer=tokenizer,
             guard=guard.check,
-            identity=Identity(guard.tensors, dict(source.config), source.model_type),
+            identity=Identity(guard.tensors, dict(source.config), source.model_type, {"backend": backend}),
         )
+        observing = ProgramCache(partial(_build, source, store, options.edit_rank, arena, lower_eager))
         self.observer = Observer(
-            programs,
+            observing,
             table,
             source.kv,
             source.dtype,
@@ -206,7 +212,7 @@ class Dj(Looking):
         """Bytes by component: ``weights``, ``kv``, ``host`` (offloaded sessions), ``sessions``."""
         engine = self.engine
         with engine.lock:
-            per_position = engine.arena.nbytes // ((engine.arena.rows + 1) * (engine.arena.positions + 1))
+            per_position = engine.arena.bytes_per_position
             return {
                 "weights": sum(tensor.nbytes for tensor in engine.identity.weights.values()),
                 "kv": engine.arena.nbytes,
@@ -244,8 +250,9 @@ def _build(
     store: CaptureStore,
     rank: int,
     arena: KVArena,
+    lowering: Lower,
     shape: ProgramShape,
     variant: Variant,
     sites: Sequence[Site],
 ) -> Program:
-    return build(source, shape, sites=sites, variant=variant, rank=rank, arenas=arena.layers, store=store)
+    return build(source, shape, sites=sites, variant=variant, rank=rank, arenas=arena.layers, lower=lowering, store=store)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from djinn_fx.errors import SessionClosed
+from djinn_fx.errors import InvalidValue, SessionClosed
 from djinn_fx.runtime.engine import Engine
 from djinn_fx.runtime.inputs import PromptBatch, prompt_batch
 from djinn_fx.runtime.observe import Hook, Observer, Sweep
@@ -67,6 +67,7 @@ class Looking:
             UnknownSite, InvalidValue, CapacityError.
         """
         batch, table = self._batch(inputs), self.engine.table
+        _require_trailing(batch, logits)
         chosen = table.select(sites if isinstance(sites, str) else list(sites))
         last = table.get(stop_after) if stop_after is not None else None
         if last is not None:
@@ -110,6 +111,7 @@ class Looking:
             logits ``[B, T, vocab]`` or None.
         """
         batch = self._batch(inputs)
+        _require_trailing(batch, logits)
         hooks = [(site, fn) for name, fn in fwd_hooks for site in self.engine.table.select(name)]
         rows = self.observer.with_hooks(batch, hooks, None if logits is True else int(logits) or 1)
         if logits is True:
@@ -149,3 +151,13 @@ class Looking:
     def _batch(self, inputs: object) -> PromptBatch:
         self._alive()
         return prompt_batch(inputs, self.engine.tokenizer, self.engine.options.vocab_size)
+
+
+def _require_trailing(batch: PromptBatch, logits: bool | int) -> None:
+    """Raise where ``logits`` asks for more trailing positions than a prompt has."""
+    shortest = min((len(row) for row in batch.rows), default=0)
+    if logits < 0 or 0 < shortest < logits:
+        raise InvalidValue(
+            f"logits={logits}: give True, False, or a number of trailing positions, here at most {shortest}: so many "
+            "tokens has the shortest prompt."
+        )

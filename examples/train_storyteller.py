@@ -82,6 +82,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
+        initializer_range=0.06,  # near 1 / sqrt(width): it learns far faster than from GPT-2's 0.02
         bos_token_id=eos,
         eos_token_id=eos,
         pad_token_id=tokenizer.pad_token_id,
@@ -99,6 +100,7 @@ def batches(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[Tensor]:
     """
     stories, cuts = random.Random(f"train {seed}"), random.Random(f"cuts {seed}")
     eos: int = tokenizer.eos_token_id
+    pad: int = tokenizer.pad_token_id
 
     def row(length: int) -> Tensor:
         opening = grammar.story(stories)
@@ -112,8 +114,7 @@ def batches(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[Tensor]:
 
     for step in itertools.count():
         rows, length = (PACKED_ROWS, CONTEXT) if step % 4 == 3 else (STORY_ROWS, 0)
-        pad: int = tokenizer.pad_token_id
-        yield pad_sequence([row(length) for _ in range(rows)], True, pad)
+        yield pad_sequence([row(length) for _ in range(rows)], batch_first=True, padding_value=pad)
 
 
 def learning_rate(step: int, steps: int) -> float:
@@ -122,8 +123,10 @@ def learning_rate(step: int, steps: int) -> float:
     return warm * 0.5 * (1.0 + math.cos(math.pi * step / steps))
 
 
-def train(model: GPT2LMHeadModel, data: Iterator[Tensor], steps: int) -> None:
+def train(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, data: Iterator[Tensor], steps: int) -> None:
     """Minimise the next-token loss with AdamW."""
+    eos: int = tokenizer.eos_token_id
+    pad: int = tokenizer.pad_token_id
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
@@ -140,9 +143,9 @@ def train(model: GPT2LMHeadModel, data: Iterator[Tensor], steps: int) -> None:
         task = progress.add_task("training", total=steps, loss=math.nan)
         for _ in range(steps):
             tokens = next(data)
-            logits = model(input_ids=tokens).logits[:, :-1]
-            targets = tokens[:, 1:].flatten()
-            loss = F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=model.config.pad_token_id)
+            inputs = tokens.masked_fill(tokens == pad, eos)  # behind the story, so nothing sees it
+            logits = model(input_ids=inputs[:, :-1]).logits
+            loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), ignore_index=pad)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -276,7 +279,7 @@ def main(
     tokenizer = build_tokenizer()
     model = build_model(tokenizer)
     start = time.monotonic()
-    train(model, batches(tokenizer, seed), steps)
+    train(model, tokenizer, batches(tokenizer, seed), steps)
     minutes = (time.monotonic() - start) / 60
     model.eval()
     write(out, model, tokenizer)

@@ -19,6 +19,8 @@ from torch import Tensor
 from djinn_fx.errors import InternalError
 from djinn_fx.kernels import attention as attention_torch
 from djinn_fx.kernels import kv as kv_torch
+from djinn_fx.kernels import triton_attention, triton_kv
+from djinn_fx.kernels.backend import uses_triton
 from djinn_fx.kernels.signatures import ATTENTION, KV_WRITE, MARK, Attention, KvWrite, Mark
 
 NAMESPACE = "djinn"
@@ -43,13 +45,21 @@ class Operator(Generic[Signature]):
     backends: Mapping[str, Signature]
 
 
-def operators() -> tuple[Operator[Any], ...]:
-    """Every operator with its backends."""
-    write, attend = kv_torch.kv_write, attention_torch.attention
+def operators(*, triton: bool | None = None) -> tuple[Operator[Any], ...]:
+    """Every operator with its backends.
+
+    Args:
+        triton: whether CUDA tensors go to the Triton kernels rather than to the torch twins; None
+            asks :func:`djinn_fx.kernels.backend.uses_triton`.
+    """
+    write: dict[str, KvWrite] = {"cpu": kv_torch.kv_write, "cuda": kv_torch.kv_write}
+    attend: dict[str, Attention] = {"cpu": attention_torch.attention, "cuda": attention_torch.attention}
+    if uses_triton() if triton is None else triton:
+        write["cuda"], attend["cuda"] = triton_kv.kv_write, triton_attention.attention
     return (
         Operator[Mark]("mark", MARK, _fake_mark, {"default": _mark}),
-        Operator[KvWrite]("kv_write", KV_WRITE, _fake_kv_write, {"cpu": write, "cuda": write}),
-        Operator[Attention]("attention", ATTENTION, _fake_attention, {"cpu": attend, "cuda": attend}),
+        Operator[KvWrite]("kv_write", KV_WRITE, _fake_kv_write, write),
+        Operator[Attention]("attention", ATTENTION, _fake_attention, attend),
     )
 
 

@@ -1,8 +1,11 @@
-"""Packing many tensors into one buffer of bytes and back: the torch implementation.
+"""Packing many tensors into one buffer of bytes and back.
 
 A checkpoint crosses to the host as one copy, whatever the number, strides and dtypes of its
 tensors. The layout is :func:`plan`'s: every tensor at a multiple of 16 bytes, in row-major order,
 the gaps zero. A buffer's bytes therefore depend on the values alone and can be compared or hashed.
+
+On a GPU one launch of :mod:`djinn_fx.kernels.triton_pack` moves everything; the torch twins, a copy
+per tensor, are what the CPU uses and what the kernel is held to.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ import torch
 from torch import Tensor
 
 from djinn_fx.errors import InternalError
+from djinn_fx.kernels import triton_pack
+from djinn_fx.kernels.backend import uses_triton
 
 #: Bytes: the widest load and store of a GPU thread, and no less than the itemsize of any dtype.
 ALIGNMENT = 16
@@ -56,13 +61,10 @@ def pack(tensors: Sequence[Tensor], out: Tensor) -> None:
         InternalError: a buffer that does not fit, or a tensor on another device.
     """
     layout = _checked(tensors, out)
-    for offset, tensor in zip(layout.offsets, tensors, strict=True):
-        if tensor.numel():
-            words = _words(tensor)
-            end = offset + tensor.numel() * tensor.itemsize
-            out[offset:end].view(words.dtype).view(words.shape).copy_(words)
-            if end % ALIGNMENT:
-                out[end : _aligned(end)].zero_()
+    if out.is_cuda and uses_triton():
+        triton_pack.move(tensors, layout.offsets, out, to_buffer=True)
+    else:
+        pack_torch(tensors, layout, out)
 
 
 def unpack(buffer: Tensor, tensors: Sequence[Tensor]) -> None:
@@ -76,6 +78,25 @@ def unpack(buffer: Tensor, tensors: Sequence[Tensor]) -> None:
         InternalError: as :func:`pack`.
     """
     layout = _checked(tensors, buffer)
+    if buffer.is_cuda and uses_triton():
+        triton_pack.move(tensors, layout.offsets, buffer, to_buffer=False)
+    else:
+        unpack_torch(buffer, layout, tensors)
+
+
+def pack_torch(tensors: Sequence[Tensor], layout: PackPlan, out: Tensor) -> None:
+    """:func:`pack` by one copy per tensor; ``layout`` is the tensors' plan."""
+    for offset, tensor in zip(layout.offsets, tensors, strict=True):
+        if tensor.numel():
+            words = _words(tensor)
+            end = offset + tensor.numel() * tensor.itemsize
+            out[offset:end].view(words.dtype).view(words.shape).copy_(words)
+            if end % ALIGNMENT:
+                out[end : _aligned(end)].zero_()
+
+
+def unpack_torch(buffer: Tensor, layout: PackPlan, tensors: Sequence[Tensor]) -> None:
+    """:func:`unpack` by one copy per tensor; ``layout`` is the tensors' plan."""
     for offset, tensor in zip(layout.offsets, tensors, strict=True):
         if tensor.numel():
             words = _words(tensor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import traceback
 from collections.abc import Callable, Sequence
@@ -35,6 +36,10 @@ _ASSERTS = frozenset(
         "sym_constrain_range_for_size",
     }
 )
+
+
+#: Where frames of a traceback are not the model's own code.
+_NOT_THE_MODELS = tuple(os.path.dirname(os.path.realpath(file)) + os.sep for file in (torch.__file__, __file__))
 
 
 class _Step(nn.Module):
@@ -135,8 +140,7 @@ def _capture_error(clone: nn.Module, error: BaseException) -> CaptureError:
         cause = cause.__cause__ or cause.__context__
     place = ""
     for frame in traceback.extract_tb(error.__traceback__):
-        inside = re.search(r"[/\\](torch|djinn_fx|passes)[/\\]", frame.filename)
-        if not inside and frame.line:
+        if frame.line and not os.path.realpath(frame.filename).startswith(_NOT_THE_MODELS):
             place = f" at `{frame.line.strip()}` (line {frame.lineno} of {frame.filename})"
     lines = [line.strip() for line in str(error).splitlines()]
     reason = next((line for line in lines if line), "no message")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from torch import fx, nn
@@ -30,7 +29,7 @@ from djinn_fx.passes.runner import Stage, run_passes
 from djinn_fx.passes.source import Inputs, Source, flatten_inputs, normalise_inputs
 from djinn_fx.passes.split import INPUTS, OUTPUTS, split
 from djinn_fx.passes.steer import steer
-from djinn_fx.passes.tables import site_table
+from djinn_fx.passes.tables import at_this_shape, site_table
 from djinn_fx.passes.yields import LIVE, describe, segment_calls, yields
 from djinn_fx.program import PassRecord, Program, Segment
 from djinn_fx.sites import Site, SiteTable
@@ -103,12 +102,14 @@ def build(
     _check_request(source, shape, variant)
     captured = _captured(source, shape, arenas, inputs, store)
     gm = copy_graph(captured.graph)
-    ordered = tuple(sorted(sites, key=lambda site: site.order))
+    ordered = sorted(sites, key=lambda site: site.order)
+    if source.kind == "module":
+        ordered = at_this_shape(gm, ordered)
     ctx = PassContext(
         kind=source.kind,
         shape=shape,
         dtype=source.dtype,
-        sites=ordered,
+        sites=tuple(ordered),
         variant=variant,
         rank=rank,
         lower=lower,

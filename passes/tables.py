@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
@@ -11,7 +12,7 @@ from torch import fx
 from djinn_fx.errors import InternalError
 from djinn_fx.passes.annotate import ABSENT
 from djinn_fx.passes.context import PassContext
-from djinn_fx.passes.graph import MODULE, NAMES, tensor_of
+from djinn_fx.passes.graph import MODULE, NAMES, shape_of, tensor_of
 from djinn_fx.passes.marks import INPUT
 from djinn_fx.passes.roles import KEPT
 from djinn_fx.sites import Site, SiteTable
@@ -86,6 +87,12 @@ def _layout(dims: tuple[int, ...], shape: ProgramShape) -> tuple[Layout | None, 
     if len(dims) == 4 and (dims[0], dims[2]) == (rows, query):
         return "heads", (dims[1], dims[3])
     return None, ()
+
+
+def at_this_shape(gm: fx.GraphModule, sites: Iterable[Site]) -> list[Site]:
+    """Sites of a plain module with the shapes that their values have in this graph."""
+    nodes = nodes_of(gm, sites)
+    return [replace(site, feature_shape=shape_of(nodes[site.name])) for site in sites]
 
 
 def nodes_of(gm: fx.GraphModule, sites: Iterable[Site]) -> dict[str, fx.Node]:

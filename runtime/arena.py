@@ -59,6 +59,11 @@ class KVArena:
         """Bytes of all arenas."""
         return sum(k.nbytes + v.nbytes for k, v in self.layers)
 
+    @property
+    def bytes_per_position(self) -> int:
+        """Bytes that one position of one row takes over all layers."""
+        return self.nbytes // ((self.rows + 1) * (self.positions + 1))
+
     def take(self, count: int = 1) -> list[int]:
         """Take ``count`` rows, all or none.
 

@@ -22,14 +22,24 @@ def as_stopped(engine: Engine, runs: Sequence[Run]) -> Iterator[Stop]:
     """Drive runs together; yield every stop of a step, in the order given, before the next step.
 
     The next step resumes every yielded stop that is not held. No step runs while the caller holds control. Ends when
-    every run is finished or held.
+    every run is finished or held. Left early, another call goes on with the stops not yielded yet.
     """
     _require_one_engine(engine, runs)
+    return _stops(engine, runs)
+
+
+def _stops(engine: Engine, runs: Sequence[Run]) -> Iterator[Stop]:
     while True:
-        moving = [run for run in runs if not run.finished and not _held(run)]
-        if not moving:
-            return
-        for stop in engine.iterate(moving):
+        found = [run.stop for run in runs if run.stop is not None and run.stop.waiting]
+        if not found:
+            moving = [run for run in runs if not run.finished and not _held(run)]
+            if not moving:
+                return
+            found = engine.iterate(moving)
+        for stop in found:
+            stop.waiting = True
+        for stop in found:
+            stop.waiting = False
             if stop.current:
                 yield stop
 

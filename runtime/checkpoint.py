@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     from djinn_fx.runtime.plain import Plain, Predicate
     from djinn_fx.runtime.session import Session
 
-Tensors = Mapping[str, torch.Tensor]
-
 
 class Checkpoint:
     """A session at one moment: ``stop.checkpoint()`` and ``session.checkpoint()`` make one.
@@ -49,7 +47,7 @@ class Checkpoint:
     def __init__(
         self,
         document: Plain,
-        tensors: Tensors,
+        tensors: Mapping[str, torch.Tensor],
         functions: Mapping[str, Predicate],
         identity: Identity | None,
         arrived: torch.cuda.Event | None,
@@ -79,7 +77,7 @@ class Checkpoint:
         return self
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write it to a file, whole or not at all; an existing file is replaced. Returns the path.
+        """Write it, with the fingerprint of the weights as they are now, whole or not at all; returns the path.
 
         A breakpoint whose ``when=`` is a function of your own is left out, with a warning.
 

@@ -18,12 +18,14 @@ from djinn_fx.runtime.flight import Flight, same_bits
 from djinn_fx.runtime.results import StepRecord
 from djinn_fx.runtime.run import Run
 from djinn_fx.runtime.sampling import sample
+from djinn_fx.runtime.steps import Step
 from djinn_fx.runtime.stop import Stop
 from djinn_fx.runtime.tables import BatchRow
 from djinn_fx.sites import Site
 
 if TYPE_CHECKING:
     from djinn_fx.runtime.engine import Engine
+    from djinn_fx.runtime.session import Session
 
 
 def iterate(engine: Engine, runs: Sequence[Run]) -> list[Stop]:
@@ -38,6 +40,7 @@ def iterate(engine: Engine, runs: Sequence[Run]) -> list[Stop]:
             for run in runs:
                 run.session.require_open()
                 engine.bring_back(run.session)
+            for run in runs:
                 _settle(engine, run)
         for run in runs:
             _draw_first(engine, run)
@@ -66,6 +69,20 @@ def _driving(engine: Engine, runs: Sequence[Run]) -> Iterator[None]:
 
 def _settle(engine: Engine, run: Run) -> None:
     """Take over what the user changed while the run stood at a stop, and leave the stop."""
+    flight = run.flight
+    if run.stop is None or flight is None:
+        return
+    take_over(engine, run)
+    if flight.chunk is not None and flight.chunk.program.sites != engine.sites:
+        flight.chunk = None  # sites were compiled in since it began, and may be steered: it begins again
+    elif flight.chunk is not None:
+        row = BatchRow(run.session.row, flight.step)
+        engine.executor.refresh(flight.chunk, row)
+    run.stand_at(None)
+
+
+def take_over(engine: Engine, run: Run) -> None:
+    """Make what the user changed at the stop where a run stands part of its step in the air."""
     stop, flight = run.stop, run.flight
     if stop is None or flight is None:
         return
@@ -73,10 +90,6 @@ def _settle(engine: Engine, run: Run) -> None:
     if not same_bits(stop.value, flight.value(site)):
         flight.replace(site, stop.value)
     flight.steer(run.session.steering, engine.sites)
-    if flight.chunk is not None:
-        row = BatchRow(run.session.row, flight.step)
-        engine.executor.refresh(flight.chunk, row)
-    run.stand_at(None)
 
 
 def _launch(engine: Engine, runs: Sequence[Run]) -> None:
@@ -118,12 +131,29 @@ def _seek(engine: Engine, run: Run) -> Stop | None:
     return None
 
 
+@torch.no_grad()
+def execute(engine: Engine, session: Session, step: Step, until: Site | None) -> Flight:
+    """Execute a step of a session alone, in its own program shape: whole, or up to ``until``.
+
+    The caller holds the lock; the KV before ``step.start`` is what the step saw the first time, so the bits are too.
+    """
+    flight, row = Flight(step), BatchRow(session.row, step)
+    if step.decodes:
+        flight.values = engine.executor.decode([row])[0]
+    else:
+        flight.chunk = engine.executor.begin(row)
+        engine.executor.advance(flight.chunk, None if until is None else until.name)
+    return flight
+
+
 def _draw_first(engine: Engine, run: Run) -> None:
-    """Draw a run's first token from what an earlier forward call left, if it gave no tokens."""
+    """Draw a run's first token from what an earlier call left, if it gave no tokens and all are forwarded."""
     session, token = run.session, None
     with engine.lock:
-        logits = session.last_logits
-        if run.flight is None and session.length == len(session.token_list) and logits is not None:
+        if run.flight is None and session.length == len(session.token_list):
+            logits = session.last_logits
+            if logits is None:
+                logits = execute(engine, session, session.journal[-1], None).logits()[-1]
             kept = logits[None] if run.options.output_logits else None
             run.records.append(StepRecord(session.length, logits=kept, stepped=False))
             token = _draw(engine, run, logits[None])
@@ -168,12 +198,12 @@ def _commit(engine: Engine, run: Run, flight: Flight) -> int | None:
         session.journal.append(flight.step)
         session.length = flight.step.stop
         run.flight = None
+        session.last_logits = flight.logits()[-1].clone() if options.kind == "forward" else None
         token = None
         ends = session.length == len(session.token_list)
         if options.kind == "forward":
             skip = max(0, run.prompt_start - flight.step.start)
             record.logits = flight.logits()[skip:].clone()
-            session.last_logits = flight.logits()[-1].clone() if ends else None
         elif ends:
             if options.output_logits:
                 record.logits = flight.logits()[-1:].clone()

@@ -23,6 +23,7 @@ from djinn_fx.runtime.run import Run, RunOptions
 from djinn_fx.runtime.session import Session
 from djinn_fx.runtime.steering import Armed
 from djinn_fx.runtime.stop import Stop
+from djinn_fx.runtime.tables import BatchRow
 from djinn_fx.sites import Site, SiteTable
 from djinn_fx.specs import Breakpoint
 
@@ -94,10 +95,23 @@ class Engine:
         self.sessions.remove(session)
 
     def offload(self, session: Session) -> None:
-        """Move a session's KV to the host and free its row."""
-        if session.resident:
-            session.host = self.arena.read(session.row, session.extent)
-            self.arena.release(session.row)
+        """Move a session's KV to the host and free its row.
+
+        Raises:
+            CapacityError: it would take more host memory than ``pinned_bytes``; the session stays where it is.
+        """
+        if not session.resident:
+            return
+        taken = sum(tensor.nbytes for other in self.sessions for tensor in other.host or ())
+        needed = self.arena.bytes_per_position * session.extent
+        if taken + needed > self.options.pinned_bytes:
+            raise CapacityError(
+                f"offloading this session needs {needed} bytes of host memory, and {taken} of the "
+                f"pinned_bytes={self.options.pinned_bytes} are taken. Close an offloaded session, or compile with a "
+                "larger pinned_bytes."
+            )
+        session.host = self.arena.read(session.row, session.extent)
+        self.arena.release(session.row)
 
     def bring_back(self, session: Session) -> None:
         """Give an offloaded session a row again and its KV back.
@@ -121,24 +135,37 @@ class Engine:
         capture: Iterable[str],
         breakpoints: Iterable[str | Breakpoint],
     ) -> Run:
-        """Check a call and make its run; tokens are appended now, nothing is computed yet."""
+        """Check a call and make its run; tokens are appended now, nothing is computed yet.
+
+        Predicates and the tokenizer are the user's code: they run outside the lock.
+        """
         self.guard()
         watch = arm_breakpoints(breakpoints, self.table, self.sites, self.dtype, self.device)
         sites = planner.capturable(self.table, self.compiled_names, capture)
         prompt = [] if inputs is None else one_prompt(inputs, self.tokenizer, self.options.vocab_size)
-        known = len(session.token_list)
-        room = self.options.max_length - known
-        if len(prompt) > room:
+        with self.lock:
+            session.require_free()
+            self._require_room(session, prompt)
+            planner.require_tokens(session, prompt, options.kind)
+            known = len(session.token_list)
+            session.token_list += prompt
+            session.sampled += [False] * len(prompt)
+            run = Run(session, options, (session.length, known, known + len(prompt)), watch, sites)
+            session.adopt(run)
+            return run
+
+    def _require_room(self, session: Session, prompt: Sequence[int]) -> None:
+        known, most = len(session.token_list), self.options.max_length
+        if known > most or (known == most and prompt):
             raise CapacityError(
-                f"the prompt has {len(prompt)} tokens, but this session has room for {room} "
-                f"(max_length={self.options.max_length}, {known} used). Shorten it, or compile with "
-                "a larger max_length."
+                f"this session is full: it holds {known} tokens (max_length={most}). Begin another, or compile with a "
+                "larger max_length."
             )
-        planner.require_tokens(session, prompt, options.kind)
-        session.token_list += prompt
-        session.sampled += [False] * len(prompt)
-        span = (session.length, known, len(session.token_list))
-        return Run(session, options, span, watch, sites)
+        if len(prompt) > most - known:
+            raise CapacityError(
+                f"the prompt has {len(prompt)} tokens, but this session has room for {most - known} "
+                f"(max_length={most}, {known} used). Shorten it, or compile with a larger max_length."
+            )
 
     # -- outcomes and moves --------------------------------------------------------------------
 

@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import torch
-
-from djinn_fx.runtime.driver import deliver
+from djinn_fx.runtime.driver import deliver, execute, take_over
 from djinn_fx.runtime.executor import Chunk
 from djinn_fx.runtime.flight import Flight, same_bits
 from djinn_fx.runtime.planner import flight_of
@@ -24,21 +22,6 @@ if TYPE_CHECKING:
     from djinn_fx.runtime.engine import Engine
 
 
-@torch.no_grad()
-def execute(engine: Engine, session: Session, step: Step, until: Site | None) -> Flight:
-    """Execute a step of a session alone, in its own program shape: whole, or up to ``until``.
-
-    The caller holds the lock; the KV before ``step.start`` is what the step saw the first time, so the bits are too.
-    """
-    flight, row = Flight(step), BatchRow(session.row, step)
-    if step.decodes:
-        flight.values = engine.executor.decode([row])[0]
-    else:
-        flight.chunk = engine.executor.begin(row)
-        engine.executor.advance(flight.chunk, None if until is None else until.name)
-    return flight
-
-
 def arrive(engine: Engine, run: Run, step: Step, site: Site, fired: Sequence[int] = ()) -> Stop:
     """Put a run into the middle of ``step``, stopped after ``site``; ``fired`` as in :attr:`Stop.fired`."""
     engine.bring_back(run.session)
@@ -49,6 +32,9 @@ def arrive(engine: Engine, run: Run, step: Step, site: Site, fired: Sequence[int
 def rewind(engine: Engine, run: Run, index: int, site: Site) -> Stop:
     """Go back to the step at journal ``index`` (the journal's length: the one in the air)."""
     session = run.session
+    engine.bring_back(session)  # first of all: where there is no row for it, nothing is changed
+    if index == len(session.journal):
+        take_over(engine, run)  # the place may lie behind the stop, in the same step
     step = session.journal[index] if index < len(session.journal) else flight_of(run).step
     orders = {known.name: known.order for known in engine.table.sites}
     target = step.until(site.order, orders)
@@ -107,7 +93,7 @@ def recompute(engine: Engine, session: Session, armed: Armed) -> None:
     the same place afterwards; a value the user changed there stays changed.
     """
     engine.bring_back(session)
-    session.journal = recomputed(session.journal, armed)
+    session.journal, session.last_logits = recomputed(session.journal, armed), None
     for step in session.journal:
         execute(engine, session, step, None)
     run = session.run

@@ -29,6 +29,7 @@ class EngineOptions:
         eos: tokens that end generation.
         vocab_size: tokens are below this.
         max_bucket: rows of the largest decode program.
+        pinned_bytes: most host memory that offloaded sessions may take.
     """
 
     max_sessions: int = 8
@@ -39,3 +40,4 @@ class EngineOptions:
     eos: frozenset[int] = frozenset()
     vocab_size: int = 0
     max_bucket: int = 64
+    pinned_bytes: int = 4 << 30

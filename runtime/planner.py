@@ -112,14 +112,16 @@ def fired(run: Run, flight: Flight, site: Site) -> tuple[int, ...] | None:
     """
     if run.target is not None:
         return ()
-    positions: set[int] = set()
-    for point in run.breakpoints:
-        if point.watches(site):
-            found = point.fired(site, flight.step, flight.value(site))
-            if found:
-                positions.update(found)
-                point.delivered()
-    return tuple(sorted(positions)) if positions else None
+    found = [
+        (point, point.fired(site, flight.step, flight.value(site)))
+        for point in run.breakpoints
+        if point.watches(site)
+    ]
+    for point, positions in found:
+        if positions:
+            point.delivered()
+    everywhere = sorted({position for _, positions in found for position in positions})
+    return tuple(everywhere) or None
 
 
 def conclude(run: Run, token: int | None, options: EngineOptions) -> None:

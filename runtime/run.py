@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -170,9 +170,9 @@ class Run:
         del session.token_list[keep:], session.sampled[keep:]
 
     def _require_alive(self) -> None:
+        self.session.require_open()
         if self.finish_reason == "closed":
             raise SessionClosed("this run was abandoned with close(); start another on its session.")
-        self.session.require_open()
 
     # -- moving --------------------------------------------------------------------------------
 
@@ -242,7 +242,7 @@ class Run:
     def twin(self, session: Session) -> Run:
         """A copy of this run for a fork of its session: no breakpoints, no callbacks."""
         span = (self.begin, self.prompt_start, self.prompt_end)
-        run = Run(session, self.options, span, (), self.capture)
+        run = Run(session, replace(self.options, on_token=None), span, (), self.capture)
         run.first_step, run.records = self.first_step, list(self.records)
         return run
 

@@ -111,16 +111,17 @@ class Session:
         capture: Iterable[str],
         breakpoints: Iterable[str | Breakpoint],
     ) -> Run:
-        with self.engine.lock:
-            self.require_open()
-            if self._run is not None and not self._run.finished:
-                raise SessionBusy(
-                    "this session has an unfinished run. Finish it (run.result()), go on with it "
-                    "(iterate it), or abandon it (run.close()) before starting another."
-                )
-            run = self.engine.new_run(self, inputs, options, capture, breakpoints)
-            self._run = run
-            return run
+        self.require_free()
+        return self.engine.new_run(self, inputs, options, capture, breakpoints)
+
+    def require_free(self) -> None:
+        """Raise unless another run may begin: the session is open and its last run is finished."""
+        self.require_open()
+        if self._run is not None and not self._run.finished:
+            raise SessionBusy(
+                "this session has an unfinished run. Finish it (run.result()), go on with it "
+                "(iterate it), or abandon it (run.close()) before starting another."
+            )
 
     @property
     def run(self) -> Run | None:
@@ -128,7 +129,7 @@ class Session:
         return self._run
 
     def adopt(self, run: Run) -> None:
-        """Make ``run`` the session's newest run (forks and restores)."""
+        """Make ``run`` the session's newest run."""
         self._run = run
 
     @property
@@ -168,6 +169,8 @@ class Session:
             spec = Edit(site, scale=scale, **edit)
         with self.engine.lock:
             self.require_open()
+            if kv == "recompute":
+                self.engine.bring_back(self)  # first of all: where there is no row for it, nothing is changed
             key = self.engine.next_key()
             armed = self.set_steering(key, spec)
             if kv == "recompute":

@@ -64,6 +64,7 @@ def arm(key: int, edit: Edit, site: Site, dtype: torch.dtype, device: torch.devi
     Raises:
         InvalidValue: a tensor of the wrong width, a direction of length zero, or more directions than ``rank``.
     """
+    edit = _owned(edit)
     wide = torch.promote_types(dtype, torch.float32)
     resolver = _Resolver(site, wide, device)
     strength = float(edit.strength)
@@ -88,6 +89,17 @@ def arm(key: int, edit: Edit, site: Site, dtype: torch.dtype, device: torch.devi
             f"edit_rank={rank}. Compile with edit_rank={joined.read.shape[0]} or use fewer."
         )
     return Armed(key, replace(edit, site=site.name), scale, add, joined)
+
+
+def _owned(edit: Edit) -> Edit:
+    """The edit with tensors of its own: history must not change when the user reuses theirs."""
+    scale = edit.scale.clone() if isinstance(edit.scale, torch.Tensor) else edit.scale
+    add = None if edit.add is None else edit.add.clone()
+    ablate = None if edit.ablate is None else edit.ablate.clone()
+    feature = edit.feature
+    if feature is not None:
+        feature = replace(feature, read=feature.read.clone(), write=feature.write.clone())
+    return replace(edit, scale=scale, add=add, ablate=ablate, feature=feature)
 
 
 @dataclass(frozen=True)

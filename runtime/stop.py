@@ -35,6 +35,7 @@ class Stop:
         self._run, self._site, self._step, self._value = run, site, step, value
         self._fired = tuple(fired)
         self.held = False
+        self.waiting = False  # to be yielded by ``dj.as_stopped``
 
     # -- where and why -------------------------------------------------------------------------
 

@@ -134,11 +134,11 @@ class Machine:
         self.store = CaptureStore()
         self.table = discover(self.source, self.store)
         self.rows = rows
-        dtype = self.source.dtype
+        form = {"dtype": self.source.dtype, "device": self.source.device}
         self.arenas = [
             (
-                torch.zeros(rows + 1, spec.heads, positions + 1, spec.key_dim, dtype=dtype),
-                torch.zeros(rows + 1, spec.heads, positions + 1, spec.value_dim, dtype=dtype),
+                torch.zeros(rows + 1, spec.heads, positions + 1, spec.key_dim, **form),  # type: ignore[arg-type]
+                torch.zeros(rows + 1, spec.heads, positions + 1, spec.value_dim, **form),  # type: ignore[arg-type]
             )
             for spec in self.source.kv
         ]
@@ -162,9 +162,7 @@ class Machine:
             **options,
         )
 
-    def env(
-        self, program: Program, steps: Sequence[tuple[int, int, Sequence[int]]]
-    ) -> dict[str, torch.Tensor]:
+    def env(self, program: Program, steps: Sequence[tuple[int, int, Sequence[int]]]) -> dict[str, torch.Tensor]:
         """The inputs of a step; each entry of ``steps`` is arena row, first position and tokens."""
         shape = program.shape
         tokens = torch.zeros(shape.rows, shape.query, dtype=torch.long)
@@ -181,17 +179,17 @@ class Machine:
         made = {TOKENS: tokens, POSITIONS: positions, ROWS: rows, LENGTHS: lengths}
         if shape.keep < shape.query:
             made[KEEP] = keep
+        made |= neutral_tables(program, self.source.dtype)
+        made = {name: tensor.to(self.source.device) for name, tensor in made.items()}
         for layer, (keys, values) in enumerate(self.arenas):
             made[kv_name(layer, "k")], made[kv_name(layer, "v")] = keys, values
-        return made | neutral_tables(program, self.source.dtype)
+        return made
 
-    def logits(
-        self, program: Program, steps: Sequence[tuple[int, int, Sequence[int]]]
-    ) -> torch.Tensor:
+    def logits(self, program: Program, steps: Sequence[tuple[int, int, Sequence[int]]]) -> torch.Tensor:
         return run(program, self.env(program, steps))[LOGITS]
 
 
-def neutral_tables(program: Program, dtype: torch.dtype, rank: int | None = None) -> dict[str, torch.Tensor]:
+def neutral_tables(program: Program, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The tables of every site of a program, doing nothing."""
     tables: dict[str, torch.Tensor] = {}
     ranks = [spec.shape[1] for spec in program.inputs if spec.name.endswith(":slot")]
@@ -220,9 +218,7 @@ def value_of(env: Mapping[str, torch.Tensor], machine: Machine, name: str) -> to
 def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
     """Whether two floating point tensors agree bit for bit, NaNs and signs of zeros included."""
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[left.dtype.itemsize]
-    return left.shape == right.shape and torch.equal(
-        left.contiguous().view(integer), right.contiguous().view(integer)
-    )
+    return left.shape == right.shape and torch.equal(left.contiguous().view(integer), right.contiguous().view(integer))
 
 
 def site_named(program: Program, name: str) -> Site:

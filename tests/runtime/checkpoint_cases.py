@@ -66,7 +66,7 @@ def start(session: Session, breakpoints: Iterable[str | djinn.Breakpoint], **opt
 
 def edit(stop: Stop) -> None:
     """A change that no model shrugs off."""
-    stop.value.mul_(torch.linspace(0.5, -1.5, stop.value.shape[-1]))
+    stop.value.mul_(torch.linspace(0.5, -1.5, stop.value.shape[-1], device=stop.value.device))
 
 
 @dataclass

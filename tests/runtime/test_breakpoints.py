@@ -155,7 +155,7 @@ def test_token_stops_on_the_input_token(one: djinn.Dj) -> None:
 
 def test_nonfinite_finds_what_was_planted(one: djinn.Dj) -> None:
     with one.session() as s:
-        points = ["resid_post.0", djinn.break_at("resid_post.1", djinn.when.nonfinite())]
+        points = [djinn.break_at("resid_post.0"), djinn.break_at("resid_post.1", djinn.when.nonfinite())]
         run = s.forward(prompt(9), breakpoints=points)
         next(run).value[4, 3] = torch.inf
         assert next(run).fired == (4, 5, 6, 7, 8)  # later positions attend to it

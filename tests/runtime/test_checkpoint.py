@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import djinn_fx as djinn
+from djinn_fx.runtime.run import Run
 from djinn_fx.runtime.session import Session
 from tests.bits import assert_same_bits
 from tests.runtime.checkpoint_cases import (
@@ -24,7 +25,7 @@ from tests.runtime.checkpoint_cases import (
     start,
     through_file,
 )
-from tests.runtime.tiny import direction, make_model, some
+from tests.runtime.tiny import direction, make_model, model_of, some
 
 
 @pytest.fixture
@@ -36,10 +37,13 @@ def dj() -> Iterator[djinn.Dj]:
 # -- exactly where it stood --------------------------------------------------------------------
 
 
+PLACES = [("gpt2", site) for site in ("embed", "attn_z.0", "resid_post.1", "logits")]
+PLACES += [("llama-bf16", site) for site in ("attn_z.0", "resid_post.0")]
+
+
 @pytest.mark.parametrize("edited", [False, True], ids=["untouched", "edited"])
 @pytest.mark.parametrize("reached", [1, 4], ids=["mid-prompt", "mid-decode"])
-@pytest.mark.parametrize("site", ["embed", "attn_z.0", "resid_post.1", "logits"])
-@pytest.mark.parametrize("name", ["gpt2", "llama-bf16"])
+@pytest.mark.parametrize(("name", "site"), PLACES)
 def test_a_stopped_run_goes_on_from_a_file(name: str, tmp_path: Path, site: str, reached: int, edited: bool) -> None:
     dj = shared(name)
     run = start(dj.session(seed=5), [site])
@@ -121,6 +125,38 @@ def test_a_forward_call_leaves_logits_to_draw_from(dj: djinn.Dj, tmp_path: Path)
     assert_same_result(run_of(restored).result(), first)
     more = [one.generate(max_new_tokens=4, do_sample=True, output_logits=True) for one in (session, restored)]
     assert_same(*(finish(run) for run in more))
+
+
+def test_a_forward_call_that_stands_in_its_second_chunk(dj: djinn.Dj, tmp_path: Path) -> None:
+    run = dj.session().forward(PROMPT, capture=["resid_post.0"], breakpoints=["embed", "logits"])
+    for _ in range(4):
+        edit(stop := next(run))
+    assert stop.site == "logits" and stop.positions == tuple(range(8, 16))
+    again = run_of(dj.restore(through_file(stop.checkpoint(), tmp_path)))
+    assert_same(finish(run), finish(again))
+
+
+def test_a_session_that_shares_its_steps_with_others(tmp_path: Path) -> None:
+    dj = small_dj(model_of("llama-bf16"), batch_invariant=True)
+    runs = [
+        dj.session(seed=i).generate(PROMPT[i:], max_new_tokens=4, output_logits=True, capture=["resid_post.1"])
+        for i in range(2)
+    ]
+    others = [dj.session(seed=i + 2) for i in range(2)]
+    stops = [next(start(other, ["resid_post.0"])) for other in others]
+    saved: list[tuple[Run, Path]] = []
+    for stop in dj.as_stopped([*runs, *(stop.run for stop in stops)]):
+        edit(stop)
+        if stop.phase == "generated":
+            saved.append((stop.run, stop.checkpoint().save(tmp_path / str(len(saved)))))
+    assert len(saved) == 6
+    expected = {id(run): run.result() for run, _ in saved}
+    close_all(dj)
+    for run, path in saved[:2]:
+        with dj.restore(path) as restored:
+            again = finish(run_of(restored), edit)
+            assert_same_result(again.result, expected[id(run)])
+    dj.close()
 
 
 def test_a_fresh_session(dj: djinn.Dj, tmp_path: Path) -> None:
@@ -225,53 +261,24 @@ def test_forks_have_checkpoints_of_their_own(dj: djinn.Dj, tmp_path: Path) -> No
     assert_same(finish(run_of(restored)), finish(twin.run))
 
 
-# -- breakpoints -------------------------------------------------------------------------------
-
-
-def test_built_in_predicates_and_counts_are_saved(dj: djinn.Dj, tmp_path: Path) -> None:
-    points = [
-        djinn.break_at("resid_post.0", djinn.when.probe(direction(2), 0.25), times=5),
-        djinn.break_at("resid_post.1", djinn.when.cosine_above(direction(3), 0.1), positions="generated"),
-        djinn.break_at("embed", djinn.when.token(PROMPT[10])),
-        djinn.break_at("logits", djinn.when.entropy_below(3.5)),
-        djinn.break_at("resid_post.*", times=4),
-    ]
-    run = start(dj.session(seed=5), points)
-    again = run_of(dj.restore(through_file(next(run).checkpoint(), tmp_path)))
-    later = finish(again)
-    assert {site for site, _, _ in later.places} == {"embed", "resid_post.0", "resid_post.1", "logits"}
-    assert_same(finish(run), later)
-
-
-def test_a_users_function_stays_in_memory_and_out_of_files(dj: djinn.Dj, tmp_path: Path) -> None:
-    own = djinn.break_at("resid_post.1", lambda h: h.sum() > -1e9)
-    run = start(dj.session(seed=5), [own, "resid_post.0"])
-    checkpoint = next(run).checkpoint()
-    with pytest.warns(UserWarning, match=r"breakpoint at 'resid_post.1' is not saved"):
-        path = checkpoint.save(tmp_path / "a.safetensors")
-    expected = finish(run)
-    assert_same(finish(run_of(dj.restore(checkpoint))), expected)
-    assert_same(finish(run_of(dj.restore(path, breakpoints=[own]))), expected)
-    close_all(dj)
-    assert {site for site, _, _ in finish(run_of(dj.restore(path))).places} == {"resid_post.0"}
-
-
-def test_breakpoints_need_a_run(dj: djinn.Dj) -> None:
-    with dj.session() as session:
-        checkpoint = session.checkpoint()
-    with pytest.raises(djinn.InvalidValue, match="holds no run"):
-        dj.restore(checkpoint, breakpoints=["embed"])
-    assert not dj.engine.sessions
-
-
-def test_callbacks_are_dropped(dj: djinn.Dj) -> None:
-    heard: list[int] = []
-    run = start(dj.session(), ["resid_post.1"], on_token=heard.append)
-    again = run_of(dj.restore(next(run).checkpoint()))
-    again.run_to_end()
-    assert heard == [] and again.generated == 4
-
-
 def test_repr_says_where(dj: djinn.Dj) -> None:
     stop = next(start(dj.session(), ["resid_post.1"]))
     assert "19 tokens, stopped at 'resid_post.1'" in repr(stop.checkpoint())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("reached", [2, 4], ids=["mid-prompt", "mid-decode"])
+def test_on_a_gpu_the_copies_only_begin(tmp_path: Path, reached: int) -> None:
+    dj = small_dj(make_model("llama-bf16").cuda())
+    session = dj.session(seed=5)
+    session.steer("resid_post.0", add=direction(1))
+    run = start(session, ["resid_post.1"])
+    for _ in range(reached):
+        edit(stop := next(run))
+    checkpoint, later = stop.checkpoint(), stop.checkpoint()  # nothing waits for them until a restore
+    expected = finish(run)
+    session.close()
+    assert_same(finish(run_of(dj.restore(later))), expected)
+    assert checkpoint.wait().nbytes == later.nbytes
+    assert_same(finish(run_of(dj.restore(through_file(checkpoint, tmp_path)))), expected)
+    dj.close()

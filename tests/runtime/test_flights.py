@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import djinn_fx as djinn
+from djinn_fx.runtime.run import Run
 from djinn_fx.specs import Edit
 from tests.runtime.checkpoint_cases import assert_same, close_all, edit, finish, shared, small_dj, start
 from tests.runtime.tiny import direction, make_model, some
@@ -45,10 +46,21 @@ def test_sites_compiled_in_while_a_chunk_is_stopped() -> None:
     twin = stop.fork(1)[0].run
     dj.add_sites("mlp_out.1")
     assert some(some(run.stop).step()).site == "mlp_out.1"
-    twin.run_to_end()
-    run.run_to_end()
-    assert_same(finish(run), finish(twin))
+    run.session.steer("mlp_out.1", scale=-1.0)
+    twin.session.steer("mlp_out.1", scale=-1.0)
+    steered = finish(twin)
+    assert_same(finish(twin_of(twin)), steered)
+    late = run.result().cache["resid_post.1"]  # it stood behind the site when it was steered
+    assert not torch.equal(late[:8], steered.result.cache["resid_post.1"][:8])
     dj.close()
+
+
+def twin_of(run: Run) -> Run:
+    """The run once more from its first chunk, replayed from the journal."""
+    stop = run.rewind(0, "resid_post.0")
+    edit(stop)
+    run.session.steer("mlp_out.1", scale=-1.0)
+    return run
 
 
 def test_recompute_of_a_run_that_stands_at_a_stop_keeps_what_fired() -> None:

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 import djinn_fx as djinn
-from djinn_fx.specs import Positions
 from tests.bits import assert_same_bits, same_bits
-from tests.runtime.tiny import BLOCKS, ROWS, WIDTH, assert_same, direction, generated, logits_of, model_of, prompt
+from tests.runtime.tiny import BLOCKS, NEW, WIDTH, bits_of, compiled, direction, generated, logits_of, model_of, prompt
 
 A, B, C = direction(1), direction(2), direction(3)
 Hook = Callable[[Tensor], Tensor]
@@ -29,11 +28,12 @@ def rowwise(change: Hook) -> Hook:
 
 
 def read(h: Tensor, direction: Tensor) -> Tensor:
-    return (h * direction).sum(-1, keepdim=True)
+    return torch.sum(h * direction, -1, keepdim=True)
 
 
 def unit(direction: Tensor) -> Tensor:
-    return (direction.double() / direction.double().norm()).float()
+    wide = direction.double()
+    return (wide / wide.norm()).float()
 
 
 def without_span(h: Tensor) -> Tensor:
@@ -106,13 +106,13 @@ def test_steering_is_the_edit_at_each_stop(dj: djinn.Dj, name: str) -> None:
     options, change, exact = EDITS[name]
     with dj.session() as s:
         s.steer("mlp_out.1", **options)
-        steered = s.generate(prompt(18), max_new_tokens=5, output_logits=True).result()
+        steered = s.generate(prompt(18), max_new_tokens=NEW, output_logits=True).result()
     with dj.session() as s:
-        run = s.generate(prompt(18), max_new_tokens=5, output_logits=True, breakpoints=["mlp_out.1"])
+        run = s.generate(prompt(18), max_new_tokens=NEW, output_logits=True, breakpoints=["mlp_out.1"])
         for stop in run:
             stop.value = rowwise(change)(stop.value)
         edited = run.result()
-    assert not same_bits(generated(dj, prompt(18)).logits, steered.logits)  # type: ignore[arg-type]
+    assert not same_bits(bits_of(generated(dj, prompt(18))), bits_of(steered))
     close(steered.logits, edited.logits, exact, dj.engine.dtype)
 
 
@@ -132,8 +132,6 @@ def test_steering_is_a_forward_hook_on_the_model(request: pytest.FixtureRequest,
             hooked = model(prompt(14)[None]).logits[0]
         finally:
             handle.remove()
-    from tests.runtime.tiny import compiled
-
     with compiled(arch).session() as s:
         s.steer("resid_post.0", **options)
         steered = logits_of(s, prompt(14))

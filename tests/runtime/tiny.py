@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from typing import Any
 
@@ -18,6 +18,8 @@ from tests.bits import assert_same_bits
 
 NAMES = ("gpt2", "llama", "gpt2-bf16", "llama-bf16")
 VOCAB, WIDTH, LENGTH, CHUNK, ROWS = 64, 32, 64, 16, 4
+#: The usual run: two chunks of a prompt, then tokens; it forwards the positions 0 to 22.
+PROMPT, NEW = 20, 4
 #: What most tests need: two ends of the stream, one site with heads, one inside the last block.
 SITES = ("resid_post", "attn_z.0", "mlp_out.1")
 #: Sites with a module's own path, beside all that have a role.
@@ -33,7 +35,7 @@ def make_model(name: str) -> Any:
     arch, _, dtype = name.partition("-")
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        shared = dict(vocab_size=VOCAB, bos_token_id=1, eos_token_id=None, initializer_range=0.2)
+        shared: Any = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": None, "initializer_range": 0.2}
         if arch == "gpt2":
             gpt2 = GPT2Config(n_layer=2, n_embd=WIDTH, n_head=4, n_positions=LENGTH, **shared)
             model: Any = GPT2LMHeadModel(gpt2)
@@ -59,14 +61,14 @@ def model_of(name: str) -> Any:
 
 def make_dj(model: Any, sites: Any = SITES, **options: Any) -> djinn.Dj:
     """Compile with the tests' sizes, unverified: the receipt has tests of its own."""
-    sizes = dict(max_length=LENGTH, max_sessions=ROWS, prefill_chunk=CHUNK, edit_rank=3, verify=False)
+    sizes = {"max_length": LENGTH, "max_sessions": ROWS, "prefill_chunk": CHUNK, "edit_rank": 3, "verify": False}
     dj: djinn.Dj = djinn.compile(model, sites=sites, **(sizes | options))
     return dj
 
 
 @cache
 def compiled(name: str, kind: str = "main") -> djinn.Dj:
-    """The session's compiled model: ``main`` (SITES), ``every`` (all sites) or ``invariant`` (bits apart from company)."""
+    """The session's compiled model: ``main`` (SITES), ``every`` (all sites), ``invariant`` (``batch_invariant``)."""
     model = model_of(name)
     if kind == "every":
         return make_dj(model, ("*", *PATHS[name.partition("-")[0]]), edit_rank=1)
@@ -94,7 +96,7 @@ def direction(seed: int, *shape: int) -> Tensor:
     return torch.randn(*(shape or (WIDTH,)), generator=torch.Generator().manual_seed(seed))
 
 
-def generated(dj: djinn.Dj, ids: Tensor, new: int = 5, **options: Any) -> Result:
+def generated(dj: djinn.Dj, ids: Tensor, new: int = NEW, **options: Any) -> Result:
     """An uninterrupted run on a session of its own, with logits."""
     with dj.session() as session:
         return session.generate(ids, max_new_tokens=new, output_logits=True, **options).result()
@@ -122,3 +124,29 @@ def some(stop: Stop | None) -> Stop:
     """A stop that must be there."""
     assert stop is not None
     return stop
+
+
+def bits_of(result: Result) -> Tensor:
+    """The logits that must be there."""
+    assert result.logits is not None
+    return result.logits
+
+
+def steered(dj: djinn.Dj, *edits: djinn.Edit) -> Result:
+    """The usual run under these edits."""
+    with dj.session() as s:
+        for edit in edits:
+            s.steer(edit)
+        run = s.generate(prompt(PROMPT), max_new_tokens=NEW, output_logits=True)
+        return run.result()
+
+
+def edited(dj: djinn.Dj, site: str, positions: Iterable[int], change: Callable[[Any], Any]) -> Result:
+    """The usual run with the value of ``site`` changed by hand, at the stops."""
+    with dj.session() as s:
+        run = s.generate(prompt(PROMPT), max_new_tokens=NEW, output_logits=True, breakpoints=[site])
+        for stop in run:
+            for row, position in enumerate(stop.positions):
+                if position in positions:
+                    stop.value[row] = change(stop.value[row])
+        return run.result()

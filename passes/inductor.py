@@ -1,0 +1,62 @@
+"""Lowering by Inductor: each structurally different segment is compiled once.
+
+Layers are equal graphs over different weights, so the number of compilations does not grow with depth. Casts between
+fused operations are kept (``emulate_precision_casts``): without that a fused bf16 chain would skip roundings that the
+same chain cut in two performs, and stopping would change bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from djinn_fx.passes.lower import compile_class
+
+Lowered = Callable[..., tuple[torch.Tensor, ...]]
+
+#: Inductor options that exactness rests on; set per compilation, never globally.
+EXACT: Mapping[str, Any] = {"emulate_precision_casts": True}
+
+
+@dataclass
+class InductorLowering:
+    """Compiles segments with Inductor and keeps one artifact per compile class.
+
+    Attributes:
+        options: Inductor configuration patches beside :data:`EXACT`.
+        compiled: artifact by compile class; its length is the number of compilations made.
+    """
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    compiled: dict[str, Lowered] = field(default_factory=dict)
+
+    def __call__(self, graph: fx.GraphModule) -> Lowered:
+        """The compiled form of a segment's graph: takes its inputs in order, returns a tuple."""
+        key = compile_class(graph)
+        if key not in self.compiled:
+            self.compiled[key] = _compile(graph, {**EXACT, **self.options})
+        return self.compiled[key]
+
+
+def _compile(graph: fx.GraphModule, patches: Mapping[str, Any]) -> Lowered:
+    inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
+    if not any(node.op == "call_function" for node in graph.graph.nodes):
+        forward: Lowered = graph.forward
+        return forward
+    with torch.no_grad():
+        artifact: Any = torch._inductor.standalone_compile(
+            graph,
+            inputs,
+            dynamic_shapes="from_graph",
+            options={"config_patches": dict(patches)},
+        )
+
+    def run(*arguments: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        results = artifact(*arguments)
+        return tuple(results) if isinstance(results, (list, tuple)) else (results,)
+
+    return run

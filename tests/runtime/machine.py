@@ -1,0 +1,279 @@
+"""The stage of the state machine: compiled models and oracles, shared by all examples, and the checks around an act."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import pytest
+import torch
+from hypothesis.stateful import RuleBasedStateMachine, precondition
+
+import djinn_fx as djinn
+from djinn_fx.runtime.checkpoint import Checkpoint
+from djinn_fx.runtime.session import Session
+from djinn_fx.runtime.stop import Stop
+from tests.families import CHUNK, EOS, LENGTH, ROWS, family, prompt
+from tests.oracle import Call, Oracle, Script
+from tests.runtime import acts
+from tests.runtime.live import Live, nothing_else_changes
+from tests.session_script import Point, Shadow, World
+
+DEVICE = os.environ.get("DJINN_TEST_DEVICE", "cpu")
+RANK = 3
+MOST = 6  # open sessions
+
+Act = TypeVar("Act", bound=Callable[..., None])
+
+
+@cache
+def compiled(name: str, invariant: bool) -> djinn.Dj:
+    """The test session's compiled model."""
+    dj: djinn.Dj = djinn.compile(
+        family(name, DEVICE),
+        sites=acts.SITES,
+        max_sessions=ROWS,
+        max_length=LENGTH,
+        prefill_chunk=CHUNK,
+        edit_rank=RANK,
+        batch_invariant=invariant,
+        verify=False,
+    )
+    return dj
+
+
+@cache
+def oracle_of(name: str) -> Oracle:
+    """The test session's oracle of a model."""
+    return Oracle(family(name, DEVICE), length=LENGTH, chunk=CHUNK, rank=RANK, eos=[EOS])
+
+
+def some(condition: Callable[[Live], bool]) -> Callable[[Act], Act]:
+    """A rule's precondition: it needs a session like this."""
+    return precondition(lambda self: any(condition(live) for live in self.lives))
+
+
+def anyone(_: Live) -> bool:
+    return True
+
+
+def busy(live: Live) -> bool:
+    """Its run is unfinished."""
+    return live.shadow.busy
+
+
+def stopped(live: Live) -> bool:
+    """Its run stands at a stop."""
+    return live.shadow.at is not None
+
+
+def steered(live: Live) -> bool:
+    """There is a handle to try."""
+    return bool(live.handles or live.session.steering)
+
+
+def has_run(live: Live) -> bool:
+    """It has a run that was not abandoned."""
+    return live.session.run is not None and live.session.run.finish_reason != "closed"
+
+
+class Stage(RuleBasedStateMachine):
+    """Open sessions and their shadows; every act goes through :meth:`acting` or :meth:`refused`."""
+
+    model: ClassVar[str]
+    invariant: ClassVar[bool]
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Threads that wait for each other cost more than tensors of this size, by far where others work beside.
+        self.threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        self.dj, self.oracle = compiled(self.model, self.invariant), oracle_of(self.model)
+        self.lives: list[Live] = []
+        self.saved: list[tuple[Checkpoint, Shadow, bool]] = []
+        self.numbers, self.keys = itertools.count(), itertools.count()
+        self.sound = True
+
+    @property
+    def world(self) -> World:
+        """What the oracle needs to know."""
+        return World(self.oracle, ROWS if self.invariant else 1, self.dj.engine.sites)
+
+    @property
+    def more(self) -> bool:
+        """Whether ``add_sites`` was called."""
+        return acts.MORE[0] in self.dj.compiled_sites
+
+    @property
+    def free(self) -> int:
+        """Rows that no session holds."""
+        return self.dj.engine.arena.free_rows
+
+    def pick(self, number: int, condition: Callable[[Live], bool]) -> Live:
+        """One of the sessions like this."""
+        found = [live for live in self.lives if condition(live)]
+        return found[number % len(found)]
+
+    @contextmanager
+    def acting(self, *touched: Live) -> Iterator[list[Live]]:
+        """Around every act: what it touched is compared, the rest must not change. Sessions it opens are appended."""
+        self.sound, all_touched = False, list(touched)
+        left = [live.leaving() for live in touched]
+        with nothing_else_changes(self.dj, self.lives, touched):
+            yield all_touched
+        for done in left:
+            done()
+        self.lives += [live for live in all_touched if live not in self.lives]
+        self.lives = [live for live in self.lives if not live.session.closed]
+        for live in all_touched:
+            if live in self.lives:
+                live.check(self.world)
+        self.sound = True
+
+    def refused(self, act: Callable[[], object], *lives: Live, error: type[Exception] = djinn.CapacityError) -> None:
+        """An act that must fail, and change nothing."""
+        with self.acting(*lives), pytest.raises(error):
+            act()
+
+    def homeless(self, live: Live) -> bool:
+        """Whether a session is offloaded and no row is free for it."""
+        return not live.session.resident and not self.free
+
+    def adopt(self, session: Session, shadow: Shadow) -> Live:
+        """Follow a session."""
+        return Live(f"#{next(self.numbers)}", session, shadow)
+
+    def armed(self, points: list[djinn.Breakpoint]) -> list[Point]:
+        """Breakpoints in force."""
+        return [Point(p, frozenset(site.name for site in self.dj.sites.select(p.site)), p.times) for p in points]
+
+    def group(self, mask: int) -> list[Live]:
+        """Unfinished runs that find rows; one alone unless bits are apart from company."""
+        found = [live for index, live in enumerate(filter(busy, self.lives)) if mask >> index & 1]
+        found = found or [self.pick(mask, busy)]
+        found = found if self.invariant else found[:1]
+        if sum(not live.session.resident for live in found) > self.free:
+            found = [live for live in found if live.session.resident]
+        return found
+
+    # -- acts that rules share -----------------------------------------------------------------
+
+    def open(self, seed: int) -> None:
+        """A new session."""
+        if not self.free:
+            self.refused(self.dj.session)
+        elif len(self.lives) < MOST:
+            with self.acting() as opened:
+                opened.append(self.adopt(self.dj.session(seed), Shadow(Script(seeds=((0, seed),)))))
+
+    def close(self, live: Live) -> None:
+        """A session and its forks close."""
+        with self.acting(*live.family()):
+            live.session.close()
+            for member in live.family():
+                member.equal("closed", member.session.closed, True)
+
+    def begin(self, live: Live, call: Call, points: list[djinn.Breakpoint], capture: tuple[str, ...]) -> bool:
+        """A call; False if it had to be refused."""
+        tokens, held = list(call.tokens), len(live.session.tokens)
+
+        def begin() -> None:
+            shared: dict[str, Any] = {"breakpoints": points, "capture": capture}
+            if call.kind == "forward":
+                live.session.forward(tokens, **shared)
+            else:
+                shared |= {"stop_token_ids": call.ends, "output_logits": True, **vars(call.sampling)}
+                live.session.generate(tokens or None, max_new_tokens=call.new, **shared)
+
+        error: type[Exception] | None = djinn.SessionBusy if live.shadow.busy else None
+        if error is None and held + len(tokens) > LENGTH:
+            error = djinn.CapacityError
+        if error is None and not held and not tokens:
+            error = djinn.InvalidValue
+        if error is not None:
+            self.refused(begin, live, error=error)
+            return False
+        with self.acting(live):
+            begin()
+            live.shadow.begin(self.world, call, self.armed(points), capture)
+        return True
+
+    def advance_one(self, live: Live) -> None:
+        """A run to its next stop, or to its end."""
+        if self.homeless(live):
+            self.refused(lambda: next(live.run, None), live)
+            return
+        with self.acting(live):
+            live.shadow.advance(self.world)
+            live.equal("what next(run) gives", next(live.run, None), live.run.stop)
+
+    def at_a_stop(self, who: int) -> Live:
+        """A session whose run stands at a stop; one is brought there if there is none."""
+        if not any(map(stopped, self.lives)):
+            while not self.free:
+                self.close(self.lives[who % len(self.lives)])
+            live = self.adopt(self.dj.session(who), Shadow(Script(seeds=((0, who),))))
+            self.lives.append(live)
+            self.begin(live, Call("generate", prompt(who, 9), 5), [djinn.break_at("resid_post.*")], ("logits",))
+            for _ in range(1 + who // 2):
+                self.advance_one(live)
+        return self.pick(who, stopped)
+
+    def finish(self, live: Live) -> None:
+        """Take a session's run to its end."""
+        with self.acting(live):
+            if live.shadow.busy:
+                live.shadow.to_end(self.world)
+            live.check_result(self.world, live.run.result(), live.shadow.capture)
+
+    def catch_up(self, live: Live, seen: Stop | None) -> None:
+        """A run that others were driven with may have gone further than the last stop seen."""
+        run = live.run
+        if run.finished or (run.stop is not None and run.stop is not seen):
+            live.shadow.advance(self.world)
+        elif run.stop is None:
+            live.shadow.paused_at(self.world, live.session.length, len(live.session.tokens))
+
+    def through_file(self, made: Checkpoint, shadow: Shadow) -> Checkpoint:
+        """Write a checkpoint and read it again; predicates that no file can hold fall away, with a warning."""
+        kept = [point for point in shadow.points if point.spec.when is not acts.first_is_positive]
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            made = Checkpoint.load(made.save(Path(folder) / "session.safetensors"))
+        assert len(said) == len(shadow.points) - len(kept), [str(one.message) for one in said]
+        shadow.points = kept
+        return made
+
+    def teardown(self) -> None:
+        """Every run to its end, every session closed; nothing may stay behind."""
+        engine = self.dj.engine
+        try:
+            if self.sound:
+                for live in list(self.lives):
+                    self.end(live)
+                assert not any(bool(t[:-1].any()) for pair in engine.arena.layers for t in pair), "a row is not zero"
+                assert self.free == ROWS and not engine.sessions
+        finally:
+            for session in list(engine.sessions):
+                session.close()
+            for pair in engine.arena.layers:
+                for tensor in pair:
+                    tensor.zero_()
+            engine.sites = engine.table.select(acts.SITES)
+            torch.set_num_threads(self.threads)
+
+    def end(self, live: Live) -> None:
+        """Take a session's run to its end, then close it, unless it closed with another."""
+        if live not in self.lives:
+            return
+        live.check(self.world)
+        if has_run(live) and not self.homeless(live):
+            self.finish(live)
+        self.close(live)
