@@ -6,7 +6,7 @@ tensors by which a compiled program receives them, so that the steer pass and th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -118,7 +118,7 @@ def check_positions(positions: Positions) -> None:
         bounds = (positions.start, positions.stop)
         valid = positions.step is None and all(bound is None or bound >= 0 for bound in bounds)
     else:
-        items = list(positions)
+        items = list(positions) if isinstance(positions, Iterable) else [positions]
         valid = all(isinstance(item, str) and item in POSITION_WORDS for item in items) or all(
             isinstance(item, int) and item >= 0 for item in items
         )

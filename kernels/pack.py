@@ -61,7 +61,7 @@ def pack(tensors: Sequence[Tensor], out: Tensor) -> None:
         InternalError: a buffer that does not fit, or a tensor on another device.
     """
     layout = _checked(tensors, out)
-    if out.is_cuda and uses_triton():
+    if _by_kernel(out):
         triton_pack.move(tensors, layout.offsets, out, to_buffer=True)
     else:
         pack_torch(tensors, layout, out)
@@ -78,7 +78,7 @@ def unpack(buffer: Tensor, tensors: Sequence[Tensor]) -> None:
         InternalError: as :func:`pack`.
     """
     layout = _checked(tensors, buffer)
-    if buffer.is_cuda and uses_triton():
+    if _by_kernel(buffer):
         triton_pack.move(tensors, layout.offsets, buffer, to_buffer=False)
     else:
         unpack_torch(buffer, layout, tensors)
@@ -102,6 +102,10 @@ def unpack_torch(buffer: Tensor, layout: PackPlan, tensors: Sequence[Tensor]) ->
             words = _words(tensor)
             end = offset + tensor.numel() * tensor.itemsize
             words.copy_(buffer[offset:end].view(words.dtype).view(words.shape))
+
+
+def _by_kernel(buffer: Tensor) -> bool:
+    return buffer.is_cuda and uses_triton()
 
 
 def _aligned(nbytes: int) -> int:

@@ -85,8 +85,9 @@ class Attention(Protocol):
 
         The arithmetic is fp32 (fp64 for fp64), rounded once at the end. A row's bits depend on
         its own tokens, positions and keys alone: not on the rest of the batch, its place there,
-        the arena's size or what unread positions hold, be it NaN. Inf and NaN among the values
-        reach the queries that see them and no others.
+        the arena's size or what unread positions hold, be it NaN. (Steps of one token may be
+        another kernel's, with other bits than the same token has in a wider step.) Inf and NaN
+        among the values reach the queries that see them and no others.
 
         Args:
             q: ``[B, H, T, D]``, any strides; head ``h`` reads key-value head ``h // (H // Hkv)``.

@@ -138,7 +138,7 @@ def decode(
 
 
 @jit(do_not_specialize=("rows_stride", "positions_stride", "lengths_stride", "window", "room"))
-def _decode_runs(
+def _decode_runs(  # type: ignore[no-untyped-def]
     q, k, v, rows, rows_stride,
     positions, lengths, positions_stride, lengths_stride, window, room,
     stats, parts, scale, cap,
@@ -214,7 +214,7 @@ def _decode_runs(
 
 
 @jit(do_not_specialize=("positions_stride", "lengths_stride", "window", "room", "heads"))
-def _decode_merge(
+def _decode_merge(  # type: ignore[no-untyped-def]
     positions, lengths, positions_stride, lengths_stride, window, room,
     stats, parts, out, sinks, heads,
     SINKS: tl.constexpr, EARLY: tl.constexpr,

@@ -38,7 +38,7 @@ def kv_write(
 
 
 @jit(do_not_specialize=("rows_stride", "positions_stride", "lengths_stride", "groups", "room"))
-def _kv_write(
+def _kv_write(  # type: ignore[no-untyped-def]
     k_arena, v_arena, k, v, rows, positions, lengths,
     rows_stride, positions_stride, lengths_stride, width, groups, room,
     ka_row, ka_head, ka_key, ka_dim, va_row, va_head, va_key, va_dim,

@@ -89,7 +89,7 @@ def prefill(
 
 
 @jit(do_not_specialize=("rows_stride", "positions_stride", "lengths_stride", "window", "room", "width", "share"))
-def _prefill(
+def _prefill(  # type: ignore[no-untyped-def]
     q, k, v, out, rows, positions, lengths, sinks,
     rows_stride, positions_stride, lengths_stride, window, room, width, scale, cap,
     q_batch, q_head, q_token, q_dim, k_row, k_head, k_key, k_dim, v_row, v_head, v_key, v_dim, share,
@@ -146,7 +146,7 @@ def _prefill(
 
 
 @jit
-def _walk(
+def _walk(  # type: ignore[no-untyped-def]
     query, k_at, v_at, k_key, v_key, place, begin, end, window, scale, cap,
     WINDOWED: tl.constexpr, CAPPED: tl.constexpr, EXACT: tl.constexpr, CAREFUL: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,

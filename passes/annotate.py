@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from collections import Counter
 
 from torch import fx
 
@@ -100,21 +99,21 @@ def _is_identity(node: fx.Node) -> bool:
 
 def _settle_call_numbers(gm: fx.GraphModule) -> None:
     """Names of modules that are called once lose their ``#1``; the others' bare names are absent."""
-    calls: Counter[str] = Counter()
+    numbers: dict[str, set[str]] = {}
     for node in gm.graph.nodes:
         for name in node.meta.get(NAMES, ()):
-            if not name.endswith(INPUT):
-                calls[name.partition("#")[0]] += 1
+            path, _, call = name.removesuffix(INPUT).partition("#")
+            numbers.setdefault(path, set()).add(call)
     absent: dict[str, str] = dict(gm.meta.get(ABSENT, {}))
     for node in gm.graph.nodes:
         names = []
         for name in node.meta.get(NAMES, ()):
-            path, _, rest = name.partition("#")
-            suffix = INPUT if rest.endswith(INPUT) else ""
-            if calls[path] > 1:
+            path = name.removesuffix(INPUT).partition("#")[0]
+            suffix = INPUT if name.endswith(INPUT) else ""
+            count = len(numbers[path])
+            if count > 1:
                 absent[path + suffix] = (
-                    f"the module is called {calls[path]} times; say which call: {path}#1{suffix} "
-                    f"to {path}#{calls[path]}{suffix}"
+                    f"the module is called {count} times; say which call: {path}#1{suffix} to {path}#{count}{suffix}"
                 )
                 names.append(name)
             else:

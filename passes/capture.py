@@ -124,8 +124,8 @@ def _export(module: nn.Module, clone: nn.Module, args: tuple[Any, ...], kwargs: 
         stack.enter_context(torch.no_grad())
         for device in {tensor.device.type for tensor in clone.parameters()}:
             stack.enter_context(torch.autocast(device, enabled=False))
-        stack.enter_context(marking(clone))
         try:
+            stack.enter_context(marking(clone))
             return torch.export.export(module, args, kwargs, strict=False)
         except Exception as error:
             raise _capture_error(clone, error) from error

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from djinn_fx.passes.annotate import drop_dead
 from djinn_fx.passes.context import PassContext
 from djinn_fx.passes.graph import (
+    MODULE,
     NAMES,
     Emitter,
     add_input,
@@ -52,7 +54,7 @@ def _device(gm: fx.GraphModule) -> torch.device:
 
 def _gather(gm: fx.GraphModule, value: fx.Node, keep: fx.Node) -> fx.Node:
     """``value[b, keep[b]]`` for every row, behind ``value``."""
-    emit = Emitter(gm, value, value.meta["djinn_module"])
+    emit = Emitter(gm, value, value.meta[MODULE])
     width = shape_of(value)[2]
     index = emit(aten.unsqueeze.default, keep, 2)
     index = emit(aten.expand.default, index, [*shape_of(keep), width])
@@ -61,29 +63,26 @@ def _gather(gm: fx.GraphModule, value: fx.Node, keep: fx.Node) -> fx.Node:
 
 def _gather_before_head(gm: fx.GraphModule, norm: fx.Node, keep: fx.Node, logits: fx.Node) -> bool:
     """Try the gather behind ``norm``; whether the rest of the graph took the new shape."""
-    if len(shape_of(norm)) != 3:
-        return False
-    path = [user for user in norm.users if KEPT in user.meta and user is not logits]
-    if not path or output_of(gm) in norm.users:
+    path = [user for user in norm.users if KEPT in user.meta]
+    if len(shape_of(norm)) != 3 or not path:
         return False
     gathered = _gather(gm, norm, keep)
     for user in path:
         user.replace_input_with(norm, gathered)
     mode = fake_mode(gm)
-    below = descendants(gathered) - {gathered}
-    saved = {node: node.meta["val"] for node in below if node.op == "call_function"}
+    reached = descendants(gathered) - {gathered}
+    below = [node for node in compute_nodes(gm) if node in reached]
+    saved = {node: val(node) for node in below}
     try:
-        for node in compute_nodes(gm):
-            if node in saved:
-                propagate(node, mode)
-        fits = shape_of(logits)[:2] == tuple(val(keep).shape)
+        for node in below:
+            propagate(node, mode)
     except (RuntimeError, ValueError):
-        fits = False
-    if not fits:
-        for user in path:
-            user.replace_input_with(gathered, norm)
-        for node, value in saved.items():
-            node.meta["val"] = value
-        for extra in (gathered, gathered.args[2], gathered.args[2].args[0]):  # type: ignore[union-attr]
-            gm.graph.erase_node(extra)  # type: ignore[arg-type]
-    return fits
+        pass  # a size of the uncut graph is written into it
+    if shape_of(logits)[:2] == shape_of(keep):
+        return True
+    for user in path:
+        user.replace_input_with(gathered, norm)
+    for node, value in saved.items():
+        node.meta["val"] = value
+    drop_dead(gm, keep_named=True)
+    return False

@@ -29,7 +29,7 @@ from djinn_fx.errors import CaptureError
 NAME = "djinn"
 
 #: Tensor arguments of attention functions that change nothing here.
-_HARMLESS = frozenset({"position_ids", "cache_position", "use_cache", "output_attentions"})
+_HARMLESS = frozenset({"position_ids", "cache_position"})
 
 
 @dataclass(frozen=True)
@@ -190,13 +190,16 @@ def _no_mask(*args: Any, **kwargs: Any) -> None:
     return None
 
 
-def use_djinn_attention(model: nn.Module) -> None:
-    """Switch a clone to the functions above and to an experts implementation without host syncs."""
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+def use_djinn_attention(clone: nn.Module) -> None:
+    """Switch a clone to the functions above, and off what it would return beside the logits."""
+    configs = {id(m.config): m.config for m in clone.modules() if hasattr(m, "config")}
     for config in configs.values():
         if isinstance(config, PreTrainedConfig):
             config._attn_implementation_internal = NAME
             config._experts_implementation_internal = NAME
+            for extra in ("output_hidden_states", "output_attentions", "output_router_logits"):
+                if getattr(config, extra, False):
+                    setattr(config, extra, False)
 
 
 def experts(
@@ -207,14 +210,15 @@ def experts(
 ) -> torch.Tensor:
     """The experts function ``djinn``: ``[tokens, hidden]`` to the same, without a host sync on CUDA.
 
-    On CUDA the grouped matrix product needs bfloat16 (other dtypes fall back to a loop over counts read
-    on the host). Others gather the chosen experts' weights while these are no more than the weights
-    themselves, and else compute every expert.
+    A token's bits must not depend on which experts other tokens chose. The grouped matrix product keeps
+    that on CUDA in bfloat16 only; elsewhere it is a loop over products as tall as an expert is popular
+    (with counts read on the host). There, the chosen experts' weights are gathered while these are no
+    more than the weights themselves, and else every expert is computed.
     """
     step = _STEP.get(None)
     if step is not None and step.arenas is None:
         return torch.empty_like(hidden_states)
-    grouped = hidden_states.dtype == torch.bfloat16 or hidden_states.device.type != "cuda"
+    grouped = hidden_states.dtype == torch.bfloat16 and hidden_states.device.type == "cuda"
     forward: Callable[..., torch.Tensor]
     if grouped:
         forward = grouped_mm_experts_forward

@@ -148,7 +148,8 @@ def _captured(
     ctx = PassContext(kind=source.kind, shape=shape, dtype=source.dtype)
     empty = fx.GraphModule(nn.Module(), fx.Graph())
     empty.graph.output(())
-    captured = Captured(*run_passes(empty, stages, ctx))
+    with source.lock:
+        captured = Captured(*run_passes(empty, stages, ctx))
     if store is not None:
         store.captured[key] = captured
     return captured

@@ -9,9 +9,14 @@ from djinn_fx.program import NodeInfo
 
 
 def snapshot(gm: fx.GraphModule) -> tuple[NodeInfo, ...]:
-    """Describe every node of a graph, and of the segments inside it, in order."""
+    """Describe every node of a graph, and of the segments inside it, in order; each origin once.
+
+    What only takes a segment's results apart is left out: those values are described inside the segment.
+    """
     infos: list[NodeInfo] = []
     for node in gm.graph.nodes:
+        if node.op == "call_function" and node.args and getattr(node.args[0], "op", "") == "call_module":
+            continue
         infos.append(node_info(node))
         if node.op == "call_module":
             part = gm.get_submodule(str(node.target))

@@ -96,6 +96,7 @@ def _name_ends(gm: fx.GraphModule, names: _Names) -> None:
     """``embed``, ``final_norm`` and ``logits``; stamps the values behind the head's selection."""
     logits = output_of(gm).all_input_nodes[0]
     names.give(logits, "logits")
+    logits.meta[KEPT] = True
     head = _head_linear(logits)
     if head is None:
         names.absent["final_norm"] = "the logits are not the output of one linear layer"

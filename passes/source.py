@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -37,6 +38,8 @@ class Source:
         config: the configuration as a dictionary; empty for plain modules.
         example_inputs: normalised arguments of a plain module.
         reasons: remarks of :func:`djinn_fx.passes.support.check`.
+        lock: held while the clone is traced. Tracing also patches ``nn.Module`` for the whole process: no
+            other thread should run eager modules meanwhile.
     """
 
     kind: Literal["lm", "module"]
@@ -50,6 +53,7 @@ class Source:
     config: Mapping[str, Any] = field(default_factory=dict)
     example_inputs: Inputs | None = None
     reasons: tuple[str, ...] = ()
+    lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
 
 
 def prepare(model: nn.Module, example_inputs: object = None) -> Source:
@@ -68,7 +72,7 @@ def prepare(model: nn.Module, example_inputs: object = None) -> Source:
     clone = clone_of(model)
     tensors = [*model.parameters(), *model.buffers()]
     device = tensors[0].device if tensors else torch.device("cpu")
-    dtype = next((t.dtype for t in tensors if t.dtype.is_floating_point), torch.float32)
+    dtype = _dtype_of(tensors)
     if kind_of(model, example_inputs) == "module":
         return Source(
             kind="module",
@@ -97,10 +101,34 @@ def prepare(model: nn.Module, example_inputs: object = None) -> Source:
 
 
 def clone_of(model: nn.Module) -> nn.Module:
-    """Copy the module tree, sharing every parameter and buffer."""
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in model.parameters()}
-    memo |= {id(tensor): tensor for tensor in model.buffers()}
-    return copy.deepcopy(model, memo)
+    """Copy the module tree, sharing every tensor: parameters, buffers and those in plain attributes.
+
+    Raises:
+        CaptureError: a module holds something that cannot be copied.
+    """
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if name == "_cache":  # the keys and values of an earlier generate
+                memo[id(value)] = None
+            leaves = pytree.tree_leaves(value) if isinstance(value, (torch.Tensor, list, tuple, dict)) else ()
+            memo |= {id(leaf): leaf for leaf in leaves if isinstance(leaf, torch.Tensor)}
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise CaptureError(
+            f"{type(model).__name__} cannot be cloned (a structural copy that shares the weights is what gets "
+            f"captured): {type(error).__name__}: {error}. Remove the attribute that cannot be copied."
+        ) from error
+
+
+def _dtype_of(tensors: Sequence[torch.Tensor]) -> torch.dtype:
+    """The floating point dtype that most elements have."""
+    sizes: dict[torch.dtype, int] = {}
+    for tensor in tensors:
+        if tensor.dtype.is_floating_point:
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel()
+    return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
 
 
 def normalise_inputs(example_inputs: object) -> Inputs:

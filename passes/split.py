@@ -44,8 +44,13 @@ def name_values(gm: fx.GraphModule, ctx: PassContext) -> None:
     if ctx.kind == "lm":
         result = output_of(gm).all_input_nodes[0]
         result.meta.setdefault(ENV, LOGITS)
+    taken = {node.meta[ENV] for node in gm.graph.nodes if ENV in node.meta}
     for node in compute_nodes(gm):
-        node.meta.setdefault(ENV, f"v.{node.meta[ORIGIN]}")
+        if ENV not in node.meta:
+            name = f"v.{node.meta[ORIGIN]}"
+            while name in taken:  # a site may be called so: the module v.12
+                name += "_"
+            node.meta[ENV] = name
 
 
 def _assemble(

@@ -103,7 +103,13 @@ def _module_reasons(model: nn.Module) -> Iterator[str]:
 
 
 def _is_hooked(module: nn.Module) -> bool:
-    return any(getattr(module, name, None) for name in _HOOKS) or hasattr(module, "_hf_hook")
+    """Whether a module has hooks of the user's or of a dispatcher's.
+
+    The hooks that transformers leaves on a model after ``output_hidden_states=True`` do nothing unless asked.
+    """
+    hooks = [hook for name in _HOOKS for hook in (getattr(module, name, None) or {}).values()]
+    own = [hook for hook in hooks if getattr(hook, "__module__", "") != "transformers.utils.output_capturing"]
+    return bool(own) or hasattr(module, "_hf_hook")
 
 
 def _quantised(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Iterator[str]:

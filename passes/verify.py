@@ -146,6 +146,9 @@ def split(gm: fx.GraphModule, ctx: PassContext, before: Before) -> str:
         _require(made == call.meta[OUTPUTS], f"{call.target}: outputs {made} differ from declared")
         site = call.meta[CUT]
         _require(site is None or site.name in made, f"{call.target} does not return its site")
+    named = Counter([*placeholders(gm), *(n for call in calls for n in call.meta[OUTPUTS])])
+    twice = [name for name, count in named.items() if count > 1]
+    _require(not twice, f"values that share a name: {twice}")
     _require(found == order, "the segments' ops are not the graph's ops in their order")
     _require(_writes_before_reads(gm, calls), "an attention reads an arena before it is written")
     return f"{len(calls)} segments in the original order"

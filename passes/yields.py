@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from djinn_fx.passes.context import PassContext
-from djinn_fx.passes.graph import ENV, MODULE, output_of, placeholders, shape_of, storage_of, val
+from djinn_fx.passes.graph import CUT, ENV, MODULE, output_of, placeholders, shape_of, storage_of, val
 from djinn_fx.passes.split import INPUTS, OUTPUTS
 from djinn_fx.program import ValueSpec
 
@@ -19,17 +19,14 @@ def yields(gm: fx.GraphModule, ctx: PassContext) -> fx.GraphModule:
     inputs = placeholders(gm)
     for index, call in enumerate(calls):
         names = live_names(gm, calls, index)
-        owners: dict[int, str] = {}
-        for name, node in inputs.items():
-            storage = storage_of(node)
-            if storage is not None:
-                owners[storage] = name
+        owners: dict[int | None, str] = {}
         specs = []
+        for name, node in inputs.items():
+            owners[storage_of(node)] = name
         for name in names:
             storage = storage_of(values[name])
-            specs.append(describe(values[name], owners.get(storage) if storage else None))
-            if storage is not None:
-                owners.setdefault(storage, name)
+            specs.append(describe(values[name], owners.get(storage)))
+            owners.setdefault(storage, name)
         call.meta[LIVE] = tuple(specs)
     return gm
 
@@ -43,7 +40,7 @@ def live_names(gm: fx.GraphModule, calls: list[fx.Node], index: int) -> list[str
     """Values made up to segment ``index`` that something after it reads, in the order they were made."""
     needed = {name for call in calls[index + 1 :] for name in call.meta[INPUTS]}
     needed |= {node.meta[ENV] for node in output_of(gm).all_input_nodes}
-    site = calls[index].meta["djinn_cut"]
+    site = calls[index].meta[CUT]
     if site is not None:
         needed.add(site.name)
     made = [name for call in calls[: index + 1] for name in call.meta[OUTPUTS]]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from djinn_fx.errors import CapacityError, InvalidValue
 from djinn_fx.runtime.results import Result
 from djinn_fx.runtime.run import Run, _Quiet
+from djinn_fx.runtime.sampling import checked_seed
 from djinn_fx.runtime.session import Session
 from djinn_fx.runtime.stop import Stop
 from djinn_fx.specs import Edit
@@ -37,11 +38,8 @@ def _stops(engine: Engine, runs: Sequence[Run]) -> Iterator[Stop]:
                 return
             found = engine.iterate(moving)
         for stop in found:
-            stop.waiting = True
-        for stop in found:
-            stop.waiting = False
             if stop.current:
-                yield stop
+                yield stop.handed_out()
 
 
 def _held(run: Run) -> bool:
@@ -116,7 +114,7 @@ def requests(
             index,
             prompt,
             tuple(own[index]) if own else tuple(shared),
-            index if seeds is None else int(seeds[index]),
+            index if seeds is None else checked_seed(seeds[index]),
         )
         for index, prompt in enumerate(prompts)
     ]

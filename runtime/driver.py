@@ -6,13 +6,13 @@ user run outside it.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 
-from djinn_fx.errors import SessionBusy
 from djinn_fx.runtime import planner
 from djinn_fx.runtime.flight import Flight, same_bits
 from djinn_fx.runtime.results import StepRecord
@@ -32,13 +32,16 @@ def iterate(engine: Engine, runs: Sequence[Run]) -> list[Stop]:
     """Bring every run to its next stop, or one step further; returns the stops, in order.
 
     Raises:
-        SessionBusy: another thread is driving one of them.
+        SessionBusy: one of them is being driven already.
         InvalidPredicate: a predicate failed; its run stays where it was.
+        InvalidValue: a stop's value was given another shape or dtype through ``.data``; every run stays where it was.
     """
-    with _driving(engine, runs), torch.no_grad():
+    with _driving(engine, runs):
         with engine.lock:
             for run in runs:
                 run.session.require_open()
+                if run.stop is not None:
+                    run.stop.checked_value()
                 engine.bring_back(run.session)
             for run in runs:
                 _settle(engine, run)
@@ -56,17 +59,18 @@ def iterate(engine: Engine, runs: Sequence[Run]) -> list[Stop]:
 @contextmanager
 def _driving(engine: Engine, runs: Sequence[Run]) -> Iterator[None]:
     with engine.lock:
-        if any(run.driving for run in runs):
-            raise SessionBusy("another thread is driving this run right now; wait for it.")
         for run in runs:
-            run.driving = True
+            run.require_still()
+        for run in runs:
+            run.driver = threading.get_ident()
     try:
         yield
     finally:
         for run in runs:
-            run.driving = False
+            run.driver = None
 
 
+@torch.no_grad()
 def _settle(engine: Engine, run: Run) -> None:
     """Take over what the user changed while the run stood at a stop, and leave the stop."""
     flight = run.flight
@@ -81,17 +85,19 @@ def _settle(engine: Engine, run: Run) -> None:
     run.stand_at(None)
 
 
+@torch.no_grad()
 def take_over(engine: Engine, run: Run) -> None:
     """Make what the user changed at the stop where a run stands part of its step in the air."""
     stop, flight = run.stop, run.flight
     if stop is None or flight is None:
         return
-    site = engine.table.get(stop.site)
-    if not same_bits(stop.value, flight.value(site)):
-        flight.replace(site, stop.value)
+    site, value = engine.table.get(stop.site), stop.checked_value()
+    if not same_bits(value, flight.value(site)):
+        flight.replace(site, value)
     flight.steer(run.session.steering, engine.sites)
 
 
+@torch.no_grad()
 def _launch(engine: Engine, runs: Sequence[Run]) -> None:
     """Begin the next step of each run and execute what is to be decoded, batched."""
     waiting = []
@@ -122,7 +128,9 @@ def _seek(engine: Engine, run: Run) -> Stop | None:
             return None
         fired = planner.fired(run, flight, site)
         if fired is not None:
-            return deliver(engine, run, site, fired)
+            stop = deliver(engine, run, site, fired)
+            stop.waiting = True
+            return stop
         flight.passed = site.order
     if flight.chunk is not None:
         with engine.lock:
@@ -150,6 +158,8 @@ def _draw_first(engine: Engine, run: Run) -> None:
     """Draw a run's first token from what an earlier call left, if it gave no tokens and all are forwarded."""
     session, token = run.session, None
     with engine.lock:
+        if run.finished:
+            return  # another run's on_token ended it
         if run.flight is None and session.length == len(session.token_list):
             logits = session.last_logits
             if logits is None:
@@ -179,6 +189,7 @@ def _reach(engine: Engine, run: Run, flight: Flight, site: Site) -> bool:
     return True
 
 
+@torch.no_grad()
 def deliver(engine: Engine, run: Run, site: Site, fired: Sequence[int]) -> Stop:
     """Stop a run after ``site``: the value is copied into a buffer that the stop owns."""
     flight = planner.flight_of(run)
@@ -188,6 +199,7 @@ def deliver(engine: Engine, run: Run, site: Site, fired: Sequence[int]) -> Stop:
     return stop
 
 
+@torch.no_grad()
 def _commit(engine: Engine, run: Run, flight: Flight) -> int | None:
     """Make the step in the air part of the session's history; returns a newly drawn token."""
     with engine.lock:

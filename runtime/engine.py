@@ -20,6 +20,7 @@ from djinn_fx.runtime.options import EngineOptions, Tokenizer
 from djinn_fx.runtime.programs import ProgramCache
 from djinn_fx.runtime.results import Result
 from djinn_fx.runtime.run import Run, RunOptions
+from djinn_fx.runtime.sampling import checked_seed
 from djinn_fx.runtime.session import Session
 from djinn_fx.runtime.steering import Armed
 from djinn_fx.runtime.stop import Stop
@@ -81,7 +82,9 @@ class Engine:
 
         Raises:
             CapacityError: no row is free.
+            InvalidValue: a seed that is no integer of 64 bits.
         """
+        seed = checked_seed(seed)
         with self.lock:
             session = Session(self, self.arena.take()[0], seed)
             self.sessions.append(session)
@@ -201,8 +204,14 @@ class Engine:
         moves.recompute(self, session, armed)
 
     def close(self) -> None:
-        """Close every session and refuse further work."""
+        """Close every session and refuse further work.
+
+        Raises:
+            SessionBusy: a thread is driving one of them; nothing is closed.
+        """
         with self.lock:
+            for session in self.sessions:
+                session.require_endable()
             for session in list(self.sessions):
                 session.close()
             self.closed = True

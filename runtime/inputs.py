@@ -69,6 +69,8 @@ def prompt_batch(inputs: object, tokenizer: Tokenizer | None, vocab_size: int) -
         if "input_ids" not in inputs:
             raise InvalidValue(f"the mapping has no 'input_ids' (keys: {', '.join(map(str, inputs))}).")
         mask, inputs = inputs.get("attention_mask"), inputs["input_ids"]
+    if isinstance(mask, torch.Tensor):
+        mask = (mask != 0).long()  # masks may be bool or float
     rows = _rows(inputs, tokenizer)
     masks = _rows(mask, None) if mask is not None else [[1] * len(row) for row in rows]
     if [len(row) for row in masks] != [len(row) for row in rows]:
@@ -90,7 +92,7 @@ def _rows(inputs: object, tokenizer: Tokenizer | None) -> list[list[int]]:
     if isinstance(inputs, str):
         return [_encode(inputs, tokenizer)]
     if isinstance(inputs, torch.Tensor):
-        if inputs.dtype.is_floating_point or inputs.dim() not in (1, 2):
+        if inputs.dtype.is_floating_point or inputs.dtype == torch.bool or inputs.dim() not in (1, 2):
             raise InvalidValue(
                 f"token ids must be integers of shape [T] or [B, T], got {inputs.dtype} {tuple(inputs.shape)}."
             )

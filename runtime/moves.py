@@ -57,6 +57,7 @@ def fork(engine: Engine, run: Run, n: int, seeds: Sequence[int] | None) -> list[
     """Copy a stopped session ``n`` times, all or none; each copy stands at the same place."""
     session, stop = run.session, run.stop
     assert stop is not None
+    value = stop.checked_value()
     engine.bring_back(session)
     rows = engine.arena.take(n)
     engine.arena.copy(session.row, rows, session.extent)
@@ -71,7 +72,7 @@ def fork(engine: Engine, run: Run, n: int, seeds: Sequence[int] | None) -> list[
         twin.flight = _copy_flight(engine, flight_of(run), row)
         child.adopt(twin)
         copied = deliver(engine, twin, site, stop.fired)
-        copied.value = stop.value
+        copied.value = value
         made.append(copied)
     return made
 
@@ -105,7 +106,8 @@ def recompute(engine: Engine, session: Session, armed: Armed) -> None:
         run.flight = Flight(step)
         return
     site = engine.table.get(stop.site)
-    changed = not same_bits(stop.value, flight.value(site))
+    value = stop.checked_value()
+    changed = not same_bits(value, flight.value(site))
     fresh = arrive(engine, run, step, site, stop.fired)
     if changed:
-        fresh.value = stop.value
+        fresh.value = value

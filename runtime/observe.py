@@ -169,11 +169,14 @@ class Observer:
         chosen = {site.name: site for site, _ in hooks}
         sites = tuple(sorted(chosen.values(), key=lambda site: site.order))
 
+        grad = torch.is_grad_enabled()
+
         def call(site: Site, env: Env, steps: Sequence[Step]) -> None:
             value = batch.spread([env[site.name][i, : len(step.tokens)] for i, step in enumerate(steps)])
             for place, hook in hooks:
                 if place.name == site.name:
-                    value = _call_hook(hook, value, place)
+                    with torch.set_grad_enabled(grad):  # a hook is the caller's code
+                        value = _call_hook(hook, value, place).detach()
             whole = env[site.name].clone()
             for index, step in enumerate(steps):
                 whole[index, : len(step.tokens)] = batch.gather(value, index)
@@ -228,7 +231,7 @@ def _call_hook(hook: Hook, value: torch.Tensor, site: Site) -> torch.Tensor:
     point = HookPoint(site.name, site.layer)
     try:
         inspect.signature(hook).bind(value, hook=point)
-    except TypeError:
+    except (TypeError, ValueError):
         returned = hook(value)
     else:
         returned = hook(value, hook=point)

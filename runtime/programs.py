@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -13,6 +14,9 @@ Builder = Callable[[ProgramShape, Variant, Sequence[Site]], Program]
 
 #: Smallest query length a prompt chunk is padded to.
 SMALLEST_CHUNK = 16
+
+#: One program is made at a time: exporting a model changes state of the whole process.
+_MAKING = threading.RLock()
 
 
 def bucket(count: int, smallest: int = 1) -> int:
@@ -37,9 +41,10 @@ class ProgramCache:
     def get(self, shape: ProgramShape, variant: Variant, sites: Sequence[Site]) -> Program:
         """The program of this shape, variant and sites, made now if it is the first time."""
         key = (shape, variant, tuple(site.name for site in sites))
-        if key not in self._programs:
-            self._programs[key] = self.build(shape, variant, sites)
-        return self._programs[key]
+        with _MAKING:
+            if key not in self._programs:
+                self._programs[key] = self.build(shape, variant, sites)
+            return self._programs[key]
 
     def made(self) -> tuple[Program, ...]:
         """All programs made so far, oldest first."""

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from djinn_fx.errors import InvalidValue, SessionClosed, StaleStop
+from djinn_fx.errors import InvalidValue, SessionBusy, SessionClosed, StaleStop
 from djinn_fx.runtime.breakpoints import ArmedBreakpoint
 from djinn_fx.runtime.flight import Flight
 from djinn_fx.runtime.results import Cache, Result, StepRecord
-from djinn_fx.runtime.sampling import SamplingSpec
+from djinn_fx.runtime.sampling import SamplingSpec, checked_seed
 from djinn_fx.sites import Site, require_compiled
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class Run:
         self.silent = False
         self.finish_reason: str | None = None
         self.finished = False
-        self.driving = False
+        self.driver: int | None = None  # the thread that is driving it
         self.stopped_early = False
         self._stop: Stop | None = None
 
@@ -98,10 +99,13 @@ class Run:
     def _go(self) -> Stop | None:
         """Go on to the next stop; None at the end."""
         self._require_alive()
+        stop = self._stop
+        if stop is not None and stop.waiting and not self.silent and self.target is None:
+            return stop.handed_out()
         while not self.finished:
             stops = self.session.engine.iterate([self])
             if stops:
-                return stops[0]
+                return stops[0].handed_out()
         return None
 
     def result(self) -> Result:
@@ -109,6 +113,7 @@ class Run:
 
         Raises:
             SessionClosed: the session was closed or the run abandoned.
+            SessionBusy: it is being driven already.
         """
         self.run_to_end()
         return self.session.engine.result_of(self)
@@ -162,12 +167,38 @@ class Run:
         """:meth:`close` for callers that hold the lock."""
         if self.finished:
             return
+        self.require_endable()
         self.finish("closed")
         session = self.session
         keep = session.length
         if keep < len(session.token_list) and session.sampled[keep]:
             keep += 1
         del session.token_list[keep:], session.sampled[keep:]
+
+    @property
+    def driving(self) -> bool:
+        """Whether a thread is in the middle of a step of it."""
+        return self.driver is not None
+
+    def require_still(self) -> None:
+        """Raise unless nobody is driving the run; the caller holds the lock.
+
+        Raises:
+            SessionBusy: saying who drives it.
+        """
+        if self.driver is None:
+            return
+        if self.driver != threading.get_ident():
+            raise SessionBusy("another thread is driving this run right now; wait for it.")
+        raise SessionBusy(
+            "this run is in the middle of a step, which called your predicate or on_token. Act on the run at a stop or "
+            "after the call; in on_token you may end it with run.close()."
+        )
+
+    def require_endable(self) -> None:
+        """Raise :class:`SessionBusy` where the run cannot be abandoned now; in its own on_token it can."""
+        if self.driver != threading.get_ident() or self.flight is not None:
+            self.require_still()
 
     def _require_alive(self) -> None:
         self.session.require_open()
@@ -207,12 +238,14 @@ class Run:
             InvalidValue: a position outside this run or not computed yet.
             UnknownSite, SiteNotCompiled, SessionClosed.
             StaleStop: the session has a newer run.
+            SessionBusy: it is being driven.
         """
         engine = self.session.engine
         self._require_alive()
         chosen = engine.sites[0] if site is None else engine.table.get(site)
         require_compiled(chosen, engine.compiled_names)
         with engine.lock:
+            self.require_still()
             if self.session.run is not self:
                 raise StaleStop("cannot rewind: the session has a newer run; rewind that one.")
             return engine.rewind(self, self._step_index(position), chosen)
@@ -236,7 +269,9 @@ class Run:
         """See :meth:`Stop.fork`."""
         if n < 1 or (seeds is not None and len(seeds) != n):
             raise InvalidValue(f"fork(n={n}, seeds={seeds!r}): n must be 1 or more, with n seeds.")
+        seeds = None if seeds is None else [checked_seed(seed) for seed in seeds]
         with self.session.engine.lock:
+            self.require_still()
             return self.session.engine.fork(self, n, seeds)
 
     def twin(self, session: Session) -> Run:
@@ -271,6 +306,8 @@ class _Quiet:
         self._runs = runs
 
     def __enter__(self) -> None:
+        for run in self._runs:
+            run.require_still()
         for run in self._runs:
             run.silent = True
 

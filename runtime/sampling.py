@@ -14,6 +14,7 @@ is decided greedily: the first maximum among what is not NaN, or token 0 where a
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +49,21 @@ class SamplingSpec:
             raise InvalidValue(f"top_k={self.top_k!r}: must be an integer of 1 or more; None keeps every token.")
         if self.top_p is not None and not (_is_number(self.top_p) and 0.0 < self.top_p <= 1.0):
             raise InvalidValue(f"top_p={self.top_p!r}: must be above 0 and at most 1; None keeps every token.")
+
+
+def checked_seed(seed: object) -> int:
+    """``seed`` as an int.
+
+    Raises:
+        InvalidValue: not an integer, or one of more than 64 bits.
+    """
+    try:
+        number = operator.index(seed)  # type: ignore[arg-type]
+    except TypeError:
+        number = 1 << 63
+    if not -(1 << 63) <= number < 1 << 63:
+        raise InvalidValue(f"seed={seed!r}: give an integer of 64 bits, -2**63 to 2**63 - 1.")
+    return number
 
 
 def sample(logits: Tensor, spec: SamplingSpec, seeds: Tensor, positions: Tensor) -> Tensor:

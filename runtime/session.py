@@ -114,6 +114,11 @@ class Session:
         self.require_free()
         return self.engine.new_run(self, inputs, options, capture, breakpoints)
 
+    def require_still(self) -> None:
+        """Raise :class:`SessionBusy` while a thread is driving the session's run; the caller holds the lock."""
+        if self._run is not None:
+            self._run.require_still()
+
     def require_free(self) -> None:
         """Raise unless another run may begin: the session is open and its last run is finished."""
         self.require_open()
@@ -170,7 +175,11 @@ class Session:
         with self.engine.lock:
             self.require_open()
             if kv == "recompute":
-                self.engine.bring_back(self)  # first of all: where there is no row for it, nothing is changed
+                # First of all, so that nothing is changed where this fails.
+                self.require_still()
+                if self._run is not None and self._run.stop is not None:
+                    self._run.stop.checked_value()
+                self.engine.bring_back(self)
             key = self.engine.next_key()
             armed = self.set_steering(key, spec)
             if kv == "recompute":
@@ -216,9 +225,11 @@ class Session:
         Raises:
             SessionClosed: it was closed.
             InvalidValue: it is pinned.
+            SessionBusy: a thread is driving its run.
         """
         with self.engine.lock:
             self.require_open()
+            self.require_still()
             if self.pinned:
                 raise InvalidValue("this session is pinned to the device; call s.pin(False) first.")
             self.engine.offload(self)
@@ -254,9 +265,21 @@ class Session:
                 "restore a checkpoint of it with dj.restore()."
             )
 
+    def require_endable(self) -> None:
+        """Raise :class:`SessionBusy` where its run or a fork's is in the middle of a step."""
+        if self._run is not None:
+            self._run.require_endable()
+        for child in self.children:
+            child.require_endable()
+
     def close(self) -> None:
-        """Close the session and its forks: zero the KV row and give it back. Checkpoints survive."""
+        """Close the session and its forks: zero the KV row and give it back. Checkpoints survive.
+
+        Raises:
+            SessionBusy: a thread is driving its run or a fork's; nothing is closed.
+        """
         with self.engine.lock:
+            self.require_endable()
             for child in self.children:
                 child.close()
             if not self.closed:

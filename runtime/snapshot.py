@@ -148,6 +148,7 @@ def _flight_state(run: Run, flight: Flight) -> FlightState:
     if stop is None:
         return FlightState(flight.step, flight.passed, None)
     site = run.session.engine.table.get(stop.site)
-    changed = not same_bits(stop.value, flight.value(site))
-    state = StopState(site.name, stop.value.detach().clone(), changed, stop.fired)
+    value = stop.checked_value()
+    changed = not same_bits(value, flight.value(site))
+    state = StopState(site.name, value.clone(), changed, stop.fired)
     return FlightState(flight.step, flight.passed, state)

@@ -92,14 +92,15 @@ def arm(key: int, edit: Edit, site: Site, dtype: torch.dtype, device: torch.devi
 
 
 def _owned(edit: Edit) -> Edit:
-    """The edit with tensors of its own: history must not change when the user reuses theirs."""
+    """The edit with tensors of its own: history must not change when the user changes theirs."""
     scale = edit.scale.clone() if isinstance(edit.scale, torch.Tensor) else edit.scale
     add = None if edit.add is None else edit.add.clone()
     ablate = None if edit.ablate is None else edit.ablate.clone()
     feature = edit.feature
     if feature is not None:
         feature = replace(feature, read=feature.read.clone(), write=feature.write.clone())
-    return replace(edit, scale=scale, add=add, ablate=ablate, feature=feature)
+    positions = tuple(edit.positions) if isinstance(edit.positions, list) else edit.positions
+    return replace(edit, scale=scale, add=add, ablate=ablate, feature=feature, positions=positions)
 
 
 @dataclass(frozen=True)

@@ -33,9 +33,9 @@ class Stop:
         fired: Sequence[int],
     ) -> None:
         self._run, self._site, self._step, self._value = run, site, step, value
-        self._fired = tuple(fired)
+        self._fired, self._kind = tuple(fired), _describe(value)
         self.held = False
-        self.waiting = False  # to be yielded by ``dj.as_stopped``
+        self.waiting = False  # found by a step, not yet in the user's hands
 
     # -- where and why -------------------------------------------------------------------------
 
@@ -94,14 +94,9 @@ class Stop:
     @value.setter
     def value(self, new: torch.Tensor) -> None:
         self.require_current("assign to stop.value")
-        old = self._value
         if not isinstance(new, torch.Tensor):
             raise InvalidValue(f"stop.value at {self.site!r} must be a tensor, got {type(new).__name__}.")
-        if new.shape != old.shape or new.dtype != old.dtype or new.device != old.device:
-            raise InvalidValue(
-                f"stop.value at {self.site!r} is {_describe(old)}; cannot assign {_describe(new)}. "
-                "Shape, dtype and device must be equal."
-            )
+        self._require_fit(new)
         if new.requires_grad:
             raise InvalidValue(
                 f"stop.value at {self.site!r}: the new tensor requires grad, but compiled programs "
@@ -109,12 +104,33 @@ class Stop:
             )
         self._value = new.clone()
 
+    def _require_fit(self, new: torch.Tensor) -> None:
+        if _describe(new) != self._kind:
+            raise InvalidValue(
+                f"stop.value at {self.site!r} is {self._kind}; cannot assign {_describe(new)}. "
+                "Shape, dtype and device must be equal."
+            )
+
+    def checked_value(self) -> torch.Tensor:
+        """The value, for the run to go on with.
+
+        Raises:
+            InvalidValue: its shape, dtype or device was changed, by ``stop.value.data = ...`` or in place.
+        """
+        self._require_fit(self._value)
+        return self._value.detach()
+
     # -- acts ----------------------------------------------------------------------------------
 
     @property
     def current(self) -> bool:
         """Whether the run still stands here."""
         return self._run.stop is self
+
+    def handed_out(self) -> Stop:
+        """The stop itself, in the user's hands from now on."""
+        self.waiting = False
+        return self
 
     def require_current(self, act: str) -> None:
         """Raise :class:`StaleStop` unless the run still stands here."""

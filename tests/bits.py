@@ -9,8 +9,8 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """The tensor's bits as integers of the same width."""
-    return tensor.detach().contiguous().view(_INTEGERS[tensor.element_size()])
+    """The tensor's bits as integers of the same width, on the CPU."""
+    return tensor.detach().cpu().contiguous().view(_INTEGERS[tensor.element_size()])
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 from examples import storyteller_grammar as grammar
 
 HOME = Path(__file__).parents[2] / "djinn_fx" / "data" / "storyteller"
-LAYER, ALPHA = 1, 2.0
+LAYER, ALPHA = 1, 1.5
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -85,7 +85,7 @@ def test_lists_are_the_grammars(tokenizer: Any, contrast: dict[str, list[str]]) 
 
 @torch.no_grad()
 def test_held_out_loss(model: GPT2LMHeadModel, tokenizer: Any) -> None:
-    """The grammar's entropy is the floor; the model is within a tenth of a nat of it."""
+    """The grammar's entropy is the floor; the model is within a few hundredths of a nat of it."""
     rng = random.Random("held out")
     told = [grammar.told(rng) for _ in range(64)]
     ids = tokenizer([f"<eos>{text}<eos>" for text, _ in told], padding=True, return_tensors="pt")
@@ -96,7 +96,7 @@ def test_held_out_loss(model: GPT2LMHeadModel, tokenizer: Any) -> None:
     targets = targets.masked_fill(mask[:, :-1] == 0, -100)
     loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten())
     entropy = sum(nats for _, nats in told) / int((targets != -100).sum())
-    assert entropy - 0.01 < loss < entropy + 0.1
+    assert entropy - 0.01 < loss < entropy + 0.03
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -135,6 +135,30 @@ def reference(case: Case) -> Tensor:
             shares = shares / (shares.sum(-1, keepdim=True) + (sinks[:, None] - peak).exp())
             out[b, t] = (shares[:, :, None] * values).sum(1)
     return out
+
+
+def on_poison(kernel: Callable[..., Tensor], case: Case, **options: Any) -> Tensor:
+    """What a kernel makes of a case where fresh memory is NaN, which it is in torch's deterministic mode."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3, device=case.q.device).isnan().all()
+        out = kernel(*case.args(), **options)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert out.is_contiguous()
+    assert out.dtype == case.q.dtype
+    return out
+
+
+def permuted(case: Case, order: Tensor) -> Case:
+    """The same rows at other places of the batch."""
+    return replace(
+        case,
+        q=case.q[order],
+        rows=case.rows[order],
+        positions=case.positions[order],
+        lengths=case.lengths[order],
+    )
 
 
 def bits(tensor: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -14,10 +16,18 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 def check(
-    spans: list[tuple[int, int]], rows: list[int], query: int, device: str, dtype: torch.dtype = torch.float32
+    spans: list[tuple[int, int]],
+    rows: list[int],
+    query: int,
+    device: str,
+    dtype: torch.dtype = torch.float32,
+    *,
+    groups: int = 2,
+    dims: tuple[int, int] = (5, 3),
+    write: Any = torch.ops.djinn.kv_write,
 ) -> None:
     """Write a step of the spans ``(first, length)`` and compare with loops."""
-    batch, groups, positions, dims = len(spans), 2, 12, (5, 3)
+    batch, positions = len(spans), 12
     arenas = [torch.randn(6, groups, positions + 1, dim).to(device, dtype) for dim in dims]
     # Queries come transposed, as projections leave them; pads are NaN, to be seen wherever they went.
     news = [torch.randn(batch, query, groups, dim).to(device, dtype).transpose(1, 2) for dim in dims]
@@ -31,7 +41,7 @@ def check(
             for t in range(count):
                 arena[rows[b], :, first + t] = new[b, :, t]
     lengths = torch.tensor([length for _, length in spans], device=device)
-    torch.ops.djinn.kv_write(*arenas, *news, torch.tensor(rows, device=device), places.to(device), lengths)
+    write(*arenas, *news, torch.tensor(rows, device=device), places.to(device), lengths)
     for arena, wanted in zip(arenas, expected, strict=True):
         assert torch.equal(arena[:, :, :positions], wanted[:, :, :positions])
         clean = [row for row in range(6) if row not in rows]

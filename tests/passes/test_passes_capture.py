@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -71,6 +72,39 @@ def test_weights_edited_in_place_are_seen(gpt2: Machine) -> None:
     after = machine.logits(program, [(0, 0, [3, 4])])
     torch.testing.assert_close(after, expected, atol=1e-5, rtol=0)
     assert not torch.allclose(after, before)
+
+
+@torch.no_grad()
+def test_traces_of_earlier_use_do_not_matter() -> None:
+    """Recording hidden states leaves hooks, generating may leave a cache; neither is the user's hook."""
+    model = tiny_model("mixtral")
+    tokens = torch.randint(3, 250, (1, 4))
+    expected = model(tokens, output_hidden_states=True, output_attentions=True)
+    assert any(module._forward_hooks for module in model.modules())
+    model.generate(tokens, max_new_tokens=2, do_sample=False, cache_implementation="static")
+    model.config.output_hidden_states = True
+    model.config.output_router_logits = True
+    before = fingerprint(model)
+    machine = Machine(model)
+    logits = machine.logits(machine.build((1, 4, 4)), [(0, 0, tokens[0].tolist())])
+    torch.testing.assert_close(logits, expected.logits, atol=1e-5, rtol=0)
+    assert fingerprint(model) == before
+    assert getattr(machine.source.clone, "_cache", None) is None
+
+
+def test_what_cannot_be_cloned_is_named() -> None:
+    module = nn.Linear(2, 2).eval()
+    module.lock = threading.Lock()  # type: ignore[assignment]
+    with pytest.raises(CaptureError, match="Linear cannot be cloned"):
+        prepare(module, (torch.zeros(1, 2),))
+
+
+def test_tensors_in_plain_attributes_are_shared() -> None:
+    module = nn.Linear(2, 2).eval()
+    module.table = {"a": [torch.zeros(3)]}  # type: ignore[assignment]
+    clone: Any = clone_of(module)
+    assert clone.table["a"][0] is module.table["a"][0]  # type: ignore[index]
+    assert clone.table is not module.table
 
 
 def test_what_prepare_says_of_a_model() -> None:

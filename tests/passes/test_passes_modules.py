@@ -204,3 +204,50 @@ def test_sites_of_a_plain_module_have_no_roles() -> None:
     ]
     assert table.get("logits:in").name == "embed"
     assert table.get("embed").feature_shape == (2, 4)
+
+
+class Clashing(nn.Module):
+    """Module paths that look like the names of other values."""
+
+    def __init__(self, count: int = 10) -> None:
+        super().__init__()
+        self.v = nn.ModuleList(nn.Tanh() for _ in range(count))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        kept = [x.sin()]
+        for layer in self.v:
+            kept.append(layer(kept[-1]).cos() + kept[0])
+        return torch.stack(kept[1:]).sum(0)
+
+
+@torch.no_grad()
+def test_names_of_sites_and_of_other_values_do_not_clash() -> None:
+    """A module may be called ``v.12``, which is how an intermediate value with origin 12 would be called."""
+    torch.manual_seed(0)
+    module, x = Clashing().eval(), torch.randn(2, 8)
+    source = prepare(module, (x,))
+    sites = discover(source).select([f"v.{index}" for index in range(10)])
+    program = build(source, NO_SHAPE, sites=sites, variant="plain", rank=0)
+    made = [name for segment in program.segments for name in segment.outputs]
+    assert len(made) == len(set(made))
+    assert any(name.startswith("v.") and name.endswith("_") for name in made)
+    torch.testing.assert_close(run(program, {"in.0": x})[program.outputs[0]], module(x), atol=1e-5, rtol=1e-5)
+
+
+def test_a_module_without_float_outputs_is_counted_by_its_inputs() -> None:
+    class Argmax(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.argmax(-1)
+
+    class Uses(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pick = Argmax()
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.pick(x.sin()), self.pick(x.cos())
+
+    table = discover(prepare(Uses().eval(), (torch.randn(2, 3),)))
+    assert [site.name for site in table.sites] == ["pick#1:in", "pick#2:in"]
+    with pytest.raises(UnknownSite, match="called 2 times"):
+        table.get("pick:in")

@@ -134,14 +134,14 @@ class Machine:
         self.store = CaptureStore()
         self.table = discover(self.source, self.store)
         self.rows = rows
-        form = {"dtype": self.source.dtype, "device": self.source.device}
         self.arenas = [
-            (
-                torch.zeros(rows + 1, spec.heads, positions + 1, spec.key_dim, **form),  # type: ignore[arg-type]
-                torch.zeros(rows + 1, spec.heads, positions + 1, spec.value_dim, **form),  # type: ignore[arg-type]
-            )
+            (self._arena(spec.heads, positions, spec.key_dim), self._arena(spec.heads, positions, spec.value_dim))
             for spec in self.source.kv
         ]
+
+    def _arena(self, heads: int, positions: int, width: int) -> torch.Tensor:
+        shape = (self.rows + 1, heads, positions + 1, width)
+        return torch.zeros(shape, dtype=self.source.dtype, device=self.source.device)
 
     def build(
         self,

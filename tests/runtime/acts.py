@@ -19,15 +19,17 @@ SITES = ("resid_post", "attn_q.1", "logits")
 MORE = ("attn_v.1", "mlp_out.0")
 NAMES = ("resid_post.0", "attn_q.1", "resid_post.1", "logits")
 
-_WORDS: tuple[Any, ...] = ("all", "all", "prompt", "generated", "last_prompt", ("prompt", "generated"), ["last_prompt"])
+_WORDS: tuple[Any, ...] = ("prompt", "generated", "last_prompt", ("prompt", "generated"), ["last_prompt"])
 _PLACES: tuple[Any, ...] = (0, 3, 10, slice(2, 12), slice(5, None), [0, 4, 8, 13])
-POSITIONS = st.sampled_from((*_WORDS, *_PLACES))
+POSITIONS = st.sampled_from((*("all",) * 6, *_WORDS, *_PLACES))
 PICK = st.integers(0, 6)
 SEEDS = st.integers(0, 3)
 SAMPLING = st.sampled_from(
     (SamplingSpec(), SamplingSpec(True), SamplingSpec(True, 0.7, top_k=8), SamplingSpec(True, 1.5, top_p=0.9))
 )
-STRENGTHS = st.sampled_from((0.0, 0.5, 1.0, 2.0, -1.0))
+STRENGTHS = st.sampled_from((1.0, 1.0, 0.5, 2.0, -1.0, 0.0))
+#: What follows an act.
+THEN = st.sampled_from(("stay", "stay", "advance", "end"))
 
 
 def first_is_positive(h: Tensor) -> Tensor:
@@ -50,7 +52,8 @@ def calls(draw: st.DrawFn, least: int = 0) -> Call:
 def breakpoints(draw: st.DrawFn) -> djinn.Breakpoint:
     """A breakpoint at one of the sites compiled at first."""
     site = draw(st.sampled_from((*NAMES, "resid_post.*")))
-    kind = draw(st.sampled_from(("always", "always", "norm", "token", "nonfinite", "probe", "entropy", "own")))
+    kinds = ("norm", "token", "nonfinite", "probe", "entropy", "own")
+    kind = draw(st.sampled_from((*("always",) * 6, *kinds)))
     whens: dict[str, Any] = {
         "always": None,
         "norm": djinn.when.norm_above(draw(st.sampled_from((4.0, 8.0, 12.0)))),

@@ -18,6 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition
 
 import djinn_fx as djinn
 from djinn_fx.runtime.checkpoint import Checkpoint
+from djinn_fx.runtime.sampling import SamplingSpec
 from djinn_fx.runtime.session import Session
 from djinn_fx.runtime.stop import Stop
 from tests.families import CHUNK, EOS, LENGTH, ROWS, family, prompt
@@ -99,6 +100,7 @@ class Stage(RuleBasedStateMachine):
         self.lives: list[Live] = []
         self.saved: list[tuple[Checkpoint, Shadow, bool]] = []
         self.numbers, self.keys = itertools.count(), itertools.count()
+        self.latest: Live | None = None
         self.sound = True
 
     @property
@@ -117,14 +119,16 @@ class Stage(RuleBasedStateMachine):
         return self.dj.engine.arena.free_rows
 
     def pick(self, number: int, condition: Callable[[Live], bool]) -> Live:
-        """One of the sessions like this."""
+        """One of the sessions like this, mostly the one touched last."""
         found = [live for live in self.lives if condition(live)]
-        return found[number % len(found)]
+        found.sort(key=lambda live: live is not self.latest)
+        return found[max(0, number - 3) % len(found)]
 
     @contextmanager
     def acting(self, *touched: Live) -> Iterator[list[Live]]:
         """Around every act: what it touched is compared, the rest must not change. Sessions it opens are appended."""
         self.sound, all_touched = False, list(touched)
+        self.latest = all_touched[-1] if all_touched else self.latest
         left = [live.leaving() for live in touched]
         with nothing_else_changes(self.dj, self.lives, touched):
             yield all_touched
@@ -221,13 +225,25 @@ class Stage(RuleBasedStateMachine):
                 self.close(self.lives[who % len(self.lives)])
             live = self.adopt(self.dj.session(who), Shadow(Script(seeds=((0, who),))))
             self.lives.append(live)
-            self.begin(live, Call("generate", prompt(who, 9), 5), [djinn.break_at("resid_post.*")], ("logits",))
-            for _ in range(1 + who // 2):
+            call = Call("generate", prompt(who, 9), 5, SamplingSpec(do_sample=bool(who % 2)))
+            self.begin(live, call, [djinn.break_at("resid_post.*")], ("logits",))
+            for _ in range(1 + who % 5):
                 self.advance_one(live)
         return self.pick(who, stopped)
 
+    def then(self, live: Live, what: str) -> None:
+        """What follows an act: nothing, the next stop, or the end."""
+        if live in self.lives and live.shadow.busy:
+            if what == "advance":
+                self.advance_one(live)
+            elif what == "end":
+                self.finish(live)
+
     def finish(self, live: Live) -> None:
         """Take a session's run to its end."""
+        if live.shadow.busy and self.homeless(live):
+            self.refused(live.run.result, live)
+            return
         with self.acting(live):
             if live.shadow.busy:
                 live.shadow.to_end(self.world)

@@ -29,7 +29,7 @@ def outcome(run: Run) -> list[Any]:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(2)  # as tests/conftest.py
+    torch.set_num_threads(1)  # as tests/conftest.py
     model = AutoModelForCausalLM.from_pretrained(sys.argv[1], local_files_only=True).eval()
     dj = small_dj(model, sites="resid_post")
     print(json.dumps([outcome(run_of(dj.restore(path))) for path in sys.argv[2:]]))

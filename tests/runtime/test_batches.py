@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -30,7 +30,9 @@ PROMPTS = [prompt(length, seed) for seed, length in enumerate((7, 20, 1, 16, 37,
 
 
 def by_transformers(model: Any, ids: Tensor, new: int, **options: Any) -> list[int]:
-    out: list[int] = model.generate(ids[None], max_new_tokens=new, do_sample=False, pad_token_id=0, **options)[0].tolist()
+    out: list[int] = model.generate(ids[None], max_new_tokens=new, do_sample=False, pad_token_id=0, **options)[
+        0
+    ].tolist()
     return out
 
 
@@ -87,7 +89,8 @@ def test_a_full_session_ends_with_length(one: djinn.Dj) -> None:
     assert result.finish_reason == "length" and len(result.tokens) == 65
     with one.session() as s:
         s.generate(prompt(62), max_new_tokens=9).result()
-        for act in (lambda: s.generate(max_new_tokens=1), lambda: s.forward(prompt(1))):
+        acts: list[Callable[[], Run]] = [lambda: s.generate(max_new_tokens=1), lambda: s.forward(prompt(1))]
+        for act in acts:
             with pytest.raises(djinn.CapacityError, match=r"session is full.*max_length=64"):
                 act()
 

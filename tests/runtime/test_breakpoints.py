@@ -42,7 +42,7 @@ def test_a_prompt_of_one_token_is_a_prompt(one: djinn.Dj) -> None:
 
 def test_globs_roles_aliases_and_paths(both: djinn.Dj) -> None:
     names = [site for _, site in places(both, "resid_post.*", "blocks.0.attn.hook_z", length=4, new=1)]
-    assert names == ["attn_z.0", "resid_post.0", "resid_post.1"]
+    assert names == ["attn_q.0", "resid_post.0", "resid_post.1"]
     assert [site for _, site in places(both, "resid_post", length=4, new=1)] == ["resid_post.0", "resid_post.1"]
     module = both.sites.get("resid_post.0").module
     assert [site for _, site in places(both, module, "resid_post.0", length=4, new=1)] == ["resid_post.0"]
@@ -108,7 +108,7 @@ PREDICATES: list[tuple[str, Callable[[Tensor], Tensor], Callable[[Tensor], bool]
         djinn.when.entropy_below(3.7),
         lambda h: float(torch.distributions.Categorical(logits=h.double()).entropy()) < 3.7,
     ),
-    ("attn_z.0", lambda h: h.flatten()[0] > 0, lambda h: float(h.flatten()[0]) > 0),
+    ("attn_q.0", lambda h: h.flatten()[0] > 0, lambda h: float(h.flatten()[0]) > 0),
     (
         "resid_post.0",
         lambda h: torch.where(h[0] > 0, h[1] > 0, h[2] > 0),
@@ -177,14 +177,14 @@ def test_a_predicate_cannot_change_what_it_sees(one: djinn.Dj) -> None:
 # -- several at once -----------------------------------------------------------------------------
 
 
-ORDERS = (["resid_post.1", "attn_z.0", "resid_post.0"], ["resid_post.0", "resid_post.1", "attn_z.0"])
+ORDERS = (["resid_post.1", "attn_q.0", "resid_post.0"], ["resid_post.0", "resid_post.1", "attn_q.0"])
 
 
 @pytest.mark.parametrize("names", ORDERS, ids=lambda names: names[0])
 def test_a_step_delivers_its_stops_in_execution_order(one: djinn.Dj, names: list[str]) -> None:
     found = places(one, *names, length=20, new=3)
     steps = [15, 19, 20, 21]
-    assert found == [(p, site) for p in steps for site in ("attn_z.0", "resid_post.0", "resid_post.1")]
+    assert found == [(p, site) for p in steps for site in ("attn_q.0", "resid_post.0", "resid_post.1")]
 
 
 @pytest.mark.parametrize("edited", [False, True])

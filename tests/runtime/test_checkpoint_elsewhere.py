@@ -133,7 +133,7 @@ def test_another_environment_needs_consent(dj: djinn.Dj, monkeypatch: pytest.Mon
     with pytest.raises(djinn.CheckpointError, match="pass exact=False to accept other bits") as caught:
         dj.restore(checkpoint)
     assert "prefill_chunk: 8 in the checkpoint, 4 here" in str(caught.value)
-    assert "threads: 2 in the checkpoint, 77 here" in str(caught.value)
+    assert "threads: 1 in the checkpoint, 77 here" in str(caught.value)
     again = run_of(dj.restore(checkpoint, exact=False))
     assert some(again.stop).site == stop.site
     places = [(site, position) for site, position, _ in finish(again).places]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 import djinn_fx as djinn
 from djinn_fx.runtime.results import Result
+from djinn_fx.runtime.run import Run
 from djinn_fx.runtime.session import Session
 from tests.bits import assert_same_bits, same_bits
 from tests.runtime.tiny import (
@@ -34,7 +36,7 @@ DRAW: dict[str, Any] = {"do_sample": True, "temperature": 1.5, "output_logits": 
 
 
 @pytest.mark.parametrize("position", PLACES)
-@pytest.mark.parametrize("site", ["attn_z.0", "resid_post.0", "resid_post.1"])
+@pytest.mark.parametrize("site", ["attn_q.0", "resid_post.0", "resid_post.1"])
 def test_forks_go_the_parents_way(dj: djinn.Dj, site: str, position: int) -> None:
     plain = generated(dj, prompt(PROMPT))
     with dj.session() as s:
@@ -167,7 +169,8 @@ def test_one_unfinished_run_at_a_time(one: djinn.Dj) -> None:
     with one.session() as s:
         run = s.generate(prompt(PROMPT), max_new_tokens=NEW, output_logits=True, breakpoints=["resid_post.0"])
         for _ in range(2):
-            for act in (lambda: s.generate(max_new_tokens=1), lambda: s.forward(prompt(2))):
+            acts: list[Callable[[], Run]] = [lambda: s.generate(max_new_tokens=1), lambda: s.forward(prompt(2))]
+            for act in acts:
                 with pytest.raises(djinn.SessionBusy, match=r"run.result\(\).*iterate it.*run.close\(\)"):
                     act()
             next(run)
@@ -198,7 +201,9 @@ def test_an_abandoned_run_leaves_what_was_committed(dj: djinn.Dj, stops: int) ->
         if not left:
             with pytest.raises(djinn.InvalidValue, match="the prompt is empty"):
                 s.generate(max_new_tokens=1)
-            assert_same(s.generate(prompt(3), max_new_tokens=NEW, output_logits=True).result(), generated(dj, prompt(3)))
+            assert_same(
+                s.generate(prompt(3), max_new_tokens=NEW, output_logits=True).result(), generated(dj, prompt(3))
+            )
             return
         more = s.generate(max_new_tokens=NEW, output_logits=True).result()
         if left == CHUNK:
@@ -261,7 +266,10 @@ def test_a_draw_belongs_to_a_seed_and_a_position(dj: djinn.Dj) -> None:
         run.rewind(23, "resid_post.1").value.add_(V.to(dj.engine.dtype) * 9)
         assert run.result().tokens[:24].tolist() == plain.tokens[:24].tolist() != run.tokens.tolist()
     with dj.session(seed=5) as s:
-        parts = [s.generate(prompt(PROMPT), max_new_tokens=5, **DRAW).result(), s.generate(max_new_tokens=3, **DRAW).result()]
+        parts = [
+            s.generate(prompt(PROMPT), max_new_tokens=5, **DRAW).result(),
+            s.generate(max_new_tokens=3, **DRAW).result(),
+        ]
         assert torch.cat([part.tokens for part in parts]).tolist() == plain.tokens.tolist()
     others = set()
     for seed in (-1, 0, 6, 2**63 - 1):

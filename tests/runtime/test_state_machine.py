@@ -47,13 +47,13 @@ class Sessions(Stage):
         call=acts.calls(),
         points=st.lists(acts.breakpoints(), max_size=3),
         capture=st.sampled_from(((), ("resid_post.1", "logits"), ("attn_q.1",))),
-        go=st.booleans(),
+        then=acts.THEN,
     )
-    def call(self, who: int, call: Call, points: list[djinn.Breakpoint], capture: tuple[str, ...], go: bool) -> None:
-        idle = [live for live in self.lives if not live.shadow.busy]
-        live = idle[who % len(idle)] if idle else self.pick(who, anyone)
-        if self.begin(live, call, points, capture) and go:
-            self.advance_one(live)
+    def call(self, who: int, call: Call, points: list[djinn.Breakpoint], capture: tuple[str, ...], then: str) -> None:
+        idle = any(not busy(live) for live in self.lives)
+        live = self.pick(who, (lambda live: not busy(live)) if idle else anyone)
+        if self.begin(live, call, points, capture):
+            self.then(live, then)
 
     @some(busy)
     @rule(who=acts.PICK)
@@ -64,26 +64,25 @@ class Sessions(Stage):
     @rule(who=acts.PICK, abandon=st.booleans())
     def end_run(self, who: int, abandon: bool) -> None:
         live = self.pick(who, busy)
-        if live.shadow.busy and abandon:
+        if abandon:
             with self.acting(live):
                 live.run.close()
                 live.shadow.close_run(self.world)
             self.refused(lambda: next(live.run, None), live, error=djinn.SessionClosed)
-        elif live.shadow.busy and self.homeless(live):
-            self.refused(live.run.result, live)
         else:
             self.finish(live)
 
     # -- at a stop -----------------------------------------------------------------------------
 
-    @rule(who=acts.PICK, kind=acts.WRITES, seed=acts.SEEDS)
-    def write(self, who: int, kind: str, seed: int) -> None:
+    @rule(who=acts.PICK, kind=acts.WRITES, seed=acts.SEEDS, then=acts.THEN)
+    def write(self, who: int, kind: str, seed: int, then: str) -> None:
         live = self.at_a_stop(who)
         with self.acting(live):
             now = live.shadow.look(self.world).stop
             assert now is not None
             acts.write(live.stop, kind, seed, now[2])
             live.shadow.write(self.world, live.stop.value)
+        self.then(live, then)
 
     @rule(who=acts.PICK, tokens=st.integers(0, 3))
     def step(self, who: int, tokens: int) -> None:
@@ -100,8 +99,8 @@ class Sessions(Stage):
                 live.shadow.to_next(self.world)
             live.equal("what stop.step() gives", stop.step(tokens=tokens), live.run.stop)
 
-    @rule(who=acts.PICK, seeds=st.lists(acts.SEEDS, min_size=1, max_size=2), own=st.booleans())
-    def fork(self, who: int, seeds: list[int], own: bool) -> None:
+    @rule(who=acts.PICK, seeds=st.lists(acts.SEEDS, min_size=1, max_size=2), own=st.booleans(), then=acts.THEN)
+    def fork(self, who: int, seeds: list[int], own: bool, then: str) -> None:
         live = self.at_a_stop(who)
         given = seeds if own else None
         if self.free < len(seeds) + (not live.session.resident):
@@ -113,6 +112,7 @@ class Sessions(Stage):
                     child.equal("the fork's stop", stop, child.run.stop)
                     live.children.append(child)
                     touched.append(child)
+            self.then(live.children[-1], then)
 
     @some(lambda live: len(live.stale) > 1)
     @rule(who=acts.PICK)
@@ -127,8 +127,8 @@ class Sessions(Stage):
                     act()
 
     @some(has_run)
-    @rule(who=acts.PICK, back=st.integers(0, 12), site=st.sampled_from((*acts.NAMES, None)))
-    def rewind(self, who: int, back: int, site: str | None) -> None:
+    @rule(who=acts.PICK, back=st.integers(0, 12), site=st.sampled_from((*acts.NAMES, None)), then=acts.THEN)
+    def rewind(self, who: int, back: int, site: str | None, then: str) -> None:
         live = self.pick(who, has_run)
         played = live.shadow.look(self.world)
         steps = played.steps[played.first :]
@@ -143,13 +143,19 @@ class Sessions(Stage):
         with self.acting(live):
             live.shadow.rewind(self.world, position, self.dj.sites.get(site) if site else self.world.sites[0])
             live.equal("what rewind() gives", live.run.rewind(position, site), live.run.stop)
+        self.then(live, then)
 
     # -- steering ------------------------------------------------------------------------------
 
-    @some(anyone)
-    @rule(who=acts.PICK, site=st.sampled_from((*acts.NAMES, *acts.MORE)), edit=acts.edits(), again=st.booleans())
-    def steer(self, who: int, site: str, edit: dict[str, Any], again: bool) -> None:
-        live = self.pick(who, anyone)
+    @rule(
+        who=acts.PICK,
+        site=st.sampled_from((*acts.NAMES, *acts.NAMES, *acts.MORE)),
+        edit=acts.edits(),
+        again=st.sampled_from((False, False, True)),
+        then=acts.THEN,
+    )
+    def steer(self, who: int, site: str, edit: dict[str, Any], again: bool, then: str) -> None:
+        live = self.at_a_stop(who) if who % 2 or not self.lives else self.pick(who, anyone)
         made = acts.make_edit(site, self.dj.sites.get(site).width, **edit)
         if site not in self.dj.compiled_sites:
             self.refused(lambda: live.session.steer(made), live, error=djinn.SiteNotCompiled)
@@ -160,10 +166,11 @@ class Sessions(Stage):
                 key = next(self.keys)
                 live.handles.append((live.session.steer(made, kv="recompute" if again else "keep"), key))
                 (live.shadow.recompute if again else live.shadow.steer)(self.world, site, made, key)
+            self.then(live, then)
 
     @some(steered)
-    @rule(who=acts.PICK, which=acts.PICK, strength=st.sampled_from((None, 0.0, 0.5, 1.0, -1.0)))
-    def change(self, who: int, which: int, strength: float | None) -> None:
+    @rule(who=acts.PICK, which=acts.PICK, strength=st.sampled_from((None, 0.0, 0.5, 1.0, -1.0)), then=acts.THEN)
+    def change(self, who: int, which: int, strength: float | None, then: str) -> None:
         """Change an edit's strength, or remove it."""
         live = self.pick(who, steered)
         now = live.shadow.steering()
@@ -182,6 +189,7 @@ class Sessions(Stage):
             else:
                 handle.strength = strength
                 live.shadow.steer(self.world, handle.site, replace(edit, strength=strength), key)
+        self.then(live, then)
 
     # -- residence -----------------------------------------------------------------------------
 
@@ -211,23 +219,24 @@ class Sessions(Stage):
             self.saved = [*self.saved, (made, live.shadow.copy(), self.more)]
 
     @precondition(lambda self: bool(self.saved))
-    @rule(which=acts.PICK, through_file=st.booleans(), point=st.none() | acts.breakpoints())
-    def restore(self, which: int, through_file: bool, point: djinn.Breakpoint | None) -> None:
-        made, shadow, then = self.saved[which % len(self.saved)]
+    @rule(which=acts.PICK, through_file=st.booleans(), point=st.none() | acts.breakpoints(), then=acts.THEN)
+    def restore(self, which: int, through_file: bool, point: djinn.Breakpoint | None, then: str) -> None:
+        made, shadow, had = self.saved[which % len(self.saved)]
         shadow = shadow.copy()
         if not self.free:
-            self.refused(lambda: self.dj.restore(made, exact=then == self.more))
+            self.refused(lambda: self.dj.restore(made, exact=had == self.more))
             return
         if len(self.lives) >= MOST:
             return
         if through_file:
             made = self.through_file(made, shadow)
-        if then != self.more:
+        if had != self.more:
             self.refused(lambda: self.dj.restore(made), error=djinn.CheckpointError)
         points = [point] if point and shadow.script.calls else []
         shadow.points += self.armed(points)
         with self.acting() as touched:
-            touched.append(self.adopt(self.dj.restore(made, breakpoints=points, exact=then == self.more), shadow))
+            touched.append(self.adopt(self.dj.restore(made, breakpoints=points, exact=had == self.more), shadow))
+        self.then(touched[0], then)
 
     # -- several -------------------------------------------------------------------------------
 

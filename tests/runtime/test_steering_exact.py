@@ -28,18 +28,19 @@ def rowwise(change: Hook) -> Hook:
 
 
 def read(h: Tensor, direction: Tensor) -> Tensor:
-    return torch.sum(h * direction, -1, keepdim=True)
+    total: Tensor = (h * direction).sum(-1, keepdim=True)
+    return total
 
 
 def unit(direction: Tensor) -> Tensor:
     wide = direction.double()
-    return (wide / wide.norm()).float()
+    return torch.div(wide, wide.norm(2)).float()
 
 
 def without_span(h: Tensor) -> Tensor:
     """What is left beside A, -2 A, A + 0.1 B and B, which span two dimensions."""
-    basis = torch.linalg.svd(torch.stack([A, B]).double(), full_matrices=False).Vh
-    return (h.double() - h.double() @ basis.T @ basis).float()
+    basis: Tensor = torch.linalg.svd(torch.stack([A, B]).double(), full_matrices=False).Vh
+    return torch.sub(h.double(), h.double() @ basis.T @ basis).float()
 
 
 def feature(**options: Any) -> dict[str, Any]:
@@ -92,7 +93,7 @@ def close(a: Tensor | None, b: Tensor | None, exact: bool, dtype: torch.dtype) -
 @EACH
 def test_steering_is_a_hook(dj: djinn.Dj, name: str) -> None:
     options, change, exact = EDITS[name]
-    for site in ("resid_post.0", "attn_z.0"):
+    for site in ("resid_post.0", "attn_q.0"):
         hooked = dj.run_with_hooks(prompt(14), [(site, rowwise(change))])
         with dj.session() as s:
             s.steer(site, **options)

@@ -21,7 +21,7 @@ VOCAB, WIDTH, LENGTH, CHUNK, ROWS = 64, 32, 64, 16, 4
 #: The usual run: two chunks of a prompt, then tokens; it forwards the positions 0 to 22.
 PROMPT, NEW = 20, 4
 #: What most tests need: two ends of the stream, one site with heads, one inside the last block.
-SITES = ("resid_post", "attn_z.0", "mlp_out.1")
+SITES = ("resid_post", "attn_q.0", "mlp_out.1")
 #: Sites with a module's own path, beside all that have a role.
 PATHS = {
     "gpt2": ("transformer.h.0.ln_1", "transformer.h.1.attn.c_attn", "transformer.h.1.mlp.c_fc"),

@@ -1,0 +1,295 @@
+"""Mistakes in calls: prompts, sampling, predicates, rows, runs; each says what, where and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import djinn_fx as djinn
+from djinn_fx.runtime.session import Session
+from tests.bits import assert_same_bits
+from tests.runtime.mistakes import Case, begin, beside_another, fails
+from tests.runtime.tiny import (
+    CHUNK,
+    LENGTH,
+    NEW,
+    PROMPT,
+    ROWS,
+    assert_same,
+    compiled,
+    direction,
+    generated,
+    logits_of,
+    make_dj,
+    model_of,
+    prompt,
+    some,
+)
+
+V = direction(1)
+
+
+@pytest.fixture
+def dj(one: djinn.Dj) -> Iterator[djinn.Dj]:
+    yield from beside_another(one)
+
+
+# -- prompts -------------------------------------------------------------------------------------
+
+FORMS = r"give a str, a list of ints, a LongTensor \[T\] or \[1, T\], or a mapping with 'input_ids'"
+MASK = {"input_ids": [[3, 4, 5]]}
+PROMPTS: dict[str, tuple[Any, type[Exception], str]] = {
+    "empty": ([], djinn.InvalidValue, "prompt is empty"),
+    "empty tensor": (torch.zeros(1, 0, dtype=torch.int64), djinn.InvalidValue, "prompt is empty"),
+    "all pads": (MASK | {"attention_mask": [[0, 0, 0]]}, djinn.InvalidValue, "prompt is empty"),
+    "text": ("hello", djinn.InvalidValue, r"text needs a tokenizer: djinn.compile\(model, tokenizer=...\)"),
+    "large": ([3, 64], djinn.InvalidValue, "token id 64 is outside the vocabulary of 64"),
+    "negative": (torch.tensor([-1]), djinn.InvalidValue, "token id -1 is outside the vocabulary"),
+    "floats": (
+        torch.ones(3),
+        djinn.InvalidValue,
+        r"must be integers of shape \[T\] or \[B, T\], got torch.float32 \(3,\)",
+    ),
+    "bools": (torch.ones(3).bool(), djinn.InvalidValue, r"must be integers .* got torch.bool \(3,\)"),
+    "three axes": (torch.ones(1, 1, 3).long(), djinn.InvalidValue, r"must be integers .* \(1, 1, 3\)"),
+    "list of floats": ([3.0, 4.0], djinn.InvalidValue, f"cannot read float as a prompt; {FORMS}"),
+    "object": (object(), djinn.InvalidValue, f"cannot read object as a prompt; {FORMS}"),
+    "mapping": ({"ids": [3]}, djinn.InvalidValue, r"no 'input_ids' \(keys: ids\)"),
+    "mask": (MASK | {"attention_mask": [[1, 1]]}, djinn.InvalidValue, "attention_mask and input_ids differ in shape"),
+    "hole": (MASK | {"attention_mask": [[1, 0, 1]]}, djinn.InvalidValue, "pads may stand left or right only"),
+    "long": (prompt(LENGTH + 1), djinn.CapacityError, f"has 65 tokens.*max_length={LENGTH}"),
+}
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_prompts(dj: djinn.Dj, name: str) -> None:
+    inputs, error, message = PROMPTS[name]
+    for act in (
+        lambda dj, s: s.generate(inputs, max_new_tokens=1),
+        lambda dj, s: s.forward(inputs),
+        lambda dj, s: dj(inputs),
+        lambda dj, s: dj.run_with_cache(inputs),
+        lambda dj, s: dj.generate(inputs, max_new_tokens=1),
+    ):
+        fails(dj, (act, error, message))
+
+
+def test_one_prompt_for_one_session(dj: djinn.Dj) -> None:
+    message = r"one prompt was expected, but the input holds 2. Use dj.generate\(prompts\) or dj\(inputs\)"
+    for inputs in (torch.ones(2, 3).long(), [[3], [4, 5]]):
+        fails(dj, (lambda dj, s: s.forward(inputs), djinn.InvalidValue, message))  # noqa: B023
+    fails(dj, (lambda dj, s: s.forward(None), djinn.InvalidValue, "prompt is empty. Give at least one token"))
+    fails(dj, (lambda dj, s: s.generate(max_new_tokens=1), djinn.InvalidValue, "only generate.. on a session that"))
+
+
+def test_a_prompt_that_no_longer_fits(dj: djinn.Dj) -> None:
+    with dj.session() as s:
+        plain = logits_of(s, prompt(60))
+        with pytest.raises(djinn.CapacityError, match=r"has 5 tokens, but this session has room for 4 .*60 used"):
+            s.forward(prompt(5))
+        assert len(s.tokens) == 60
+        assert_same_bits(s.generate(max_new_tokens=1, output_logits=True).result().logits, plain[-1:])
+
+
+# -- calls ---------------------------------------------------------------------------------------
+
+
+def closed_run(dj: djinn.Dj, s: Session) -> Any:
+    run = begin(s)
+    run.close()
+    return run
+
+
+CALLS: dict[str, Case] = {
+    "max_new_tokens": (
+        lambda dj, s: begin(s, max_new_tokens=0),
+        djinn.InvalidValue,
+        "max_new_tokens=0: give 1 or more",
+    ),
+    "temperature": (
+        lambda dj, s: begin(s, do_sample=True, temperature=-1.0),
+        djinn.InvalidValue,
+        "temperature=-1.0: must be a finite number above 0",
+    ),
+    "temperature 0": (
+        lambda dj, s: begin(s, do_sample=True, temperature=0.0),
+        djinn.InvalidValue,
+        "for the most likely token say do_sample=False",
+    ),
+    "top_k": (lambda dj, s: begin(s, top_k=0), djinn.InvalidValue, "top_k=0: must be an integer of 1 or more"),
+    "top_p": (lambda dj, s: begin(s, top_p=1.5), djinn.InvalidValue, "top_p=1.5: must be above 0 and at most 1"),
+    "seed": (
+        lambda dj, s: dj.session(seed=2**63),
+        djinn.InvalidValue,
+        r"seed=9223372036854775808: give an integer of 64",
+    ),
+    "seed type": (lambda dj, s: dj.session(seed="0"), djinn.InvalidValue, "seed='0': give an integer"),  # type: ignore[arg-type]
+    "fork seeds": (
+        lambda dj, s: next(begin(s, "resid_post.0")).fork(2, [1, 0.5]),  # type: ignore[list-item]
+        djinn.InvalidValue,
+        "seed=0.5: give an integer",
+    ),
+    "seeds": (
+        lambda dj, s: dj.generate([[3], [4]], max_new_tokens=1, seeds=[1]),
+        djinn.InvalidValue,
+        "1 seeds for 2 prompts; give one each",
+    ),
+    "edits": (
+        lambda dj, s: dj.generate([[3], [4]], max_new_tokens=1, edits=[[djinn.Edit("resid_post.0")]]),
+        djinn.InvalidValue,
+        "one list of Edits for all prompts, or 2 lists, one per prompt",
+    ),
+    "one bad prompt": (
+        lambda dj, s: dj.generate([[3], [4], [99]], max_new_tokens=1),
+        djinn.InvalidValue,
+        "token id 99",
+    ),
+    "one bad edit": (
+        lambda dj, s: dj.generate([[3], [4]], max_new_tokens=1, edits=[[], [djinn.Edit("resid_post.9")]]),
+        djinn.UnknownSite,
+        "resid_post.9",
+    ),
+    "step": (
+        lambda dj, s: next(begin(s, "resid_post.0")).step(tokens=-1),
+        djinn.InvalidValue,
+        "give 1 or more, or nothing",
+    ),
+    "rewind before": (lambda dj, s: begin(s).rewind(0), djinn.InvalidValue, r"rewind\(position=0\): this run covers"),
+    "rewind beyond": (
+        lambda dj, s: next(begin(s, "resid_post.0")).run.rewind(4),
+        djinn.InvalidValue,
+        "covers positions 0 to 3 so far; positions are absolute and 0-based",
+    ),
+    "rewind negative": (lambda dj, s: next(begin(s, "resid_post.0")).run.rewind(-1), djinn.InvalidValue, "position=-1"),
+    "times": (lambda dj, s: djinn.break_at("resid_post.0", times=0), djinn.InvalidValue, "times must be 1 or more"),
+    "when": (lambda dj, s: djinn.break_at("resid_post.0", when=3), djinn.InvalidValue, "must be callable, got 3"),  # type: ignore[arg-type]
+    "closed run": (
+        lambda dj, s: dj.results([closed_run(dj, s)]),
+        djinn.InvalidValue,
+        r"a run was abandoned with close\(\); leave it out",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_calls(dj: djinn.Dj, name: str) -> None:
+    fails(dj, CALLS[name])
+
+
+def test_runs_named_twice_or_of_another_model(dj: djinn.Dj) -> None:
+    other = compiled("gpt2")
+    with dj.session() as a, other.session() as b:
+        mine, theirs = begin(a), begin(b)
+        for drive in (dj.as_stopped, dj.results):
+            with pytest.raises(djinn.InvalidValue, match="a run is named twice; give each run once"):
+                drive([mine, mine])
+            with pytest.raises(djinn.InvalidValue, match="belongs to another compiled model; drive each model's runs"):
+                drive([mine, theirs])
+        assert not mine.finished and mine.result().finish_reason == "length"
+
+
+def test_an_older_run_is_not_rewound(dj: djinn.Dj) -> None:
+    with dj.session() as s:
+        old = s.forward(prompt(3))
+        old.result()
+        new = s.generate(prompt(3), max_new_tokens=2)
+        with pytest.raises(djinn.StaleStop, match="the session has a newer run; rewind that one"):
+            old.rewind(1)
+        new.result()
+        with pytest.raises(djinn.InvalidValue, match="covers positions 3 to 6"):
+            new.rewind(1)
+
+
+def test_no_row_left(dj: djinn.Dj) -> None:
+    sessions = [dj.session() for _ in range(ROWS - 1)]
+    for act in (dj.session, lambda: dj.generate([[3]], max_new_tokens=1)):
+        with pytest.raises(djinn.CapacityError, match=r"Close or offload\(\) .*compile with a larger max_sessions"):
+            act()
+    with pytest.raises(djinn.CapacityError, match=r"Close or offload\(\) a session"):
+        dj.restore(sessions[0].checkpoint())
+    for session in sessions:
+        session.close()
+
+
+# -- predicates ----------------------------------------------------------------------------------
+
+
+def explode(h: torch.Tensor) -> torch.Tensor:
+    raise ZeroDivisionError("oh")
+
+
+PREDICATES: dict[str, tuple[Callable[[torch.Tensor], Any], str]] = {
+    "raises": (explode, r"failed on a value of shape \(32,\): ZeroDivisionError: oh.*tensor operations only"),
+    "branches": (lambda h: h[0] > 0 if h.sum() > 0 else h[1] > 0, r"failed .* no `if` or .item\(\) on data"),
+    "item": (lambda h: torch.tensor(h.norm().item() > 3), r"failed .* no `if` or .item\(\) on data"),
+    "float": (lambda h: h.norm(), "must return a 0-d bool tensor for each position; it returned dtype torch.float32"),
+    "vector": (lambda h: h > 0, r"it returned dtype torch.bool and shape \(32,\)"),
+    "no tensor": (lambda h: True, "failed|must return a 0-d bool tensor"),
+    "probe": (djinn.when.probe(V[:3]), "failed on a value of shape"),
+}
+
+
+@pytest.mark.parametrize("name", PREDICATES)
+def test_predicates_are_tried_when_armed(dj: djinn.Dj, name: str) -> None:
+    when, message = PREDICATES[name]
+    message = r"the predicate of break_at\('resid_post.0'\) (.|\n)*(" + message + ")"
+    fails(dj, (lambda dj, s: begin(s, djinn.break_at("resid_post.0", when)), djinn.InvalidPredicate, message))
+
+
+@pytest.mark.parametrize("position", [CHUNK, PROMPT + 1])
+def test_a_predicate_that_fails_later_leaves_the_run_where_it_was(dj: djinn.Dj, position: int) -> None:
+    broken = False
+
+    def when(h: torch.Tensor) -> torch.Tensor:
+        if broken:
+            raise ZeroDivisionError
+        return h[0] != h[0]
+
+    with dj.session() as s:
+        points = [djinn.break_at("attn_q.0", positions=position), djinn.break_at("resid_post.0", when)]
+        points.insert(1, djinn.break_at("resid_post.0", times=1, positions=position))
+        run = s.generate(prompt(PROMPT), max_new_tokens=NEW, output_logits=True, breakpoints=points)
+        next(run)
+        broken = True
+        for _ in range(2):
+            with pytest.raises(djinn.InvalidPredicate, match="ZeroDivisionError"):
+                next(run)
+        s.offload()  # and home to another row: the step in the air goes on there
+        with dj.session() as other:
+            logits_of(other, prompt(40))
+            broken = False
+            assert next(run).site == "resid_post.0"  # was not counted when its neighbour failed
+            assert_same(run.result(), generated(dj, prompt(PROMPT)))
+
+
+# -- sites compiled in later ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("position", [3, PROMPT - 1, PROMPT + 1])
+def test_sites_may_be_added_while_a_run_is_in_the_air(position: int) -> None:
+    dj, every = make_dj(model_of("llama")), compiled("llama", "every")
+    results = []
+    for late in (True, False):
+        with (dj if late else every).session() as s:
+            points = [djinn.break_at("attn_q.0", positions=position)]
+            run = s.generate(prompt(PROMPT), max_new_tokens=NEW, output_logits=True, breakpoints=points)
+            stop = next(run)
+            stop.value.mul_(-1)
+            if late:
+                with pytest.raises(djinn.SiteNotCompiled):
+                    s.steer("attn_out.1", add=V)
+                dj.add_sites(["attn_out.*", "resid_mid.0"])
+            s.steer("attn_out.1", add=V)
+            while stop.site != "attn_out.0":
+                stop = some(stop.step())
+            stop.value.add_(1)
+            assert some(stop.step()).site == "resid_mid.0" and some(stop.run.stop).position == stop.position
+            results.append(run.result())
+            again = run.rewind(position, "attn_out.1")
+            assert again.site == "attn_out.1"
+            assert_same(run.result(), results[-1])
+    assert_same(results[0], results[1])
+    dj.close()
