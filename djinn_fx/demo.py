@@ -172,7 +172,8 @@ def stop_look_edit(demo: Demo) -> None:
 
 def steer(demo: Demo) -> None:
     """Steer along a direction computed from contrasting prompts."""
-    dj, site = demo.dj, demo.site
+    dj, bundle = demo.dj, demo.reference == str(bundled.PATH)
+    site = "resid_post.1" if bundle else demo.site  # the storyteller's card has the layers compared
     good, bad = demo.prompts[0], demo.prompts[1]
     with torch.no_grad():
         ends = [dj.run_with_cache(list(side), site, positions=-1, logits=False)[1][site] for side in (good, bad)]
@@ -181,10 +182,10 @@ def steer(demo: Demo) -> None:
     prompts = list(bad[:4])
     plain = dj.generate(prompts, max_new_tokens=demo.new_tokens)
     counts = Table("steering", "joyful words", "gloomy words", title_justify="left", box=None)
-    for strength in (0.0, 1.0, 2.0, 4.0):
+    for strength in (0.0, 0.5, 1.0, 1.5) if bundle else (0.0, 1.0, 2.0, 4.0):
         edits = [_edit(site, direction, strength)]
         steered = dj.generate(prompts, max_new_tokens=demo.new_tokens, edits=edits)
-        if demo.reference == str(bundled.PATH):
+        if bundle:
             counts.add_row(f"{strength:+.1f} x direction", *_moods(result.text or "" for result in steered))
         if strength == 0.0:
             demo.verdict(

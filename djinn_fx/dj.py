@@ -255,4 +255,6 @@ def _build(
     variant: Variant,
     sites: Sequence[Site],
 ) -> Program:
-    return build(source, shape, sites=sites, variant=variant, rank=rank, arenas=arena.layers, lower=lowering, store=store)
+    return build(
+        source, shape, sites=sites, variant=variant, rank=rank, arenas=arena.layers, lower=lowering, store=store
+    )

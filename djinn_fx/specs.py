@@ -103,7 +103,7 @@ class Edit:
                 )
 
 
-def check_positions(positions: Positions) -> None:
+def check_positions(positions: object) -> None:
     """Check the form of a ``positions=`` argument.
 
     Raises:

@@ -20,7 +20,7 @@ class NormAbove:
 
     def __call__(self, h: torch.Tensor) -> torch.Tensor:
         """Evaluate on one position's activation."""
-        return h.float().norm() > self.limit
+        return torch.gt(h.float().norm(), self.limit)
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +32,7 @@ class Probe:
 
     def __call__(self, h: torch.Tensor) -> torch.Tensor:
         """Evaluate on one position's activation."""
-        return (self.w.to(h.device, torch.float32) * h.flatten().float()).sum() + self.b > 0
+        return torch.gt((self.w.to(h.device, torch.float32) * h.flatten().float()).sum() + self.b, 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +45,7 @@ class CosineAbove:
     def __call__(self, h: torch.Tensor) -> torch.Tensor:
         """Evaluate on one position's activation."""
         d, flat = self.d.to(h.device, torch.float32), h.flatten().float()
-        return (d * flat).sum() > self.limit * d.norm() * flat.norm()
+        return torch.gt((d * flat).sum(), self.limit * d.norm() * flat.norm())
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class EntropyBelow:
         """Evaluate on one position's logits."""
         log_p = torch.log_softmax(h.flatten().float(), dim=-1)
         # p log p is 0 where p is 0, also where log p is -inf.
-        return -torch.special.xlogy(log_p.exp(), log_p.exp()).sum() < self.limit
+        return torch.lt(-torch.special.xlogy(log_p.exp(), log_p.exp()).sum(), self.limit)
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Token:
 
     def __call__(self, token: torch.Tensor) -> torch.Tensor:
         """Evaluate on one position's input token, a 0-d int64 tensor."""
-        return token == self.id
+        return torch.eq(token, self.id)
 
 
 def norm_above(limit: float) -> NormAbove:
@@ -91,12 +91,12 @@ def norm_above(limit: float) -> NormAbove:
 
 def probe(w: torch.Tensor, b: float = 0.0) -> Probe:
     """Stop where the linear probe ``w . h + b`` is positive; ``w`` is ``[width]``."""
-    return Probe(w.detach().flatten().float(), float(b))
+    return Probe(w.detach().flatten().float().clone(), float(b))
 
 
 def cosine_above(d: torch.Tensor, limit: float) -> CosineAbove:
     """Stop where the cosine between the activation and direction ``d`` (``[width]``) exceeds ``limit``."""
-    return CosineAbove(d.detach().flatten().float(), float(limit))
+    return CosineAbove(d.detach().flatten().float().clone(), float(limit))
 
 
 def nonfinite() -> Nonfinite:

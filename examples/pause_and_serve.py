@@ -1,6 +1,6 @@
 """Serve a second request while the first is paused inside a forward pass.
 
-    python examples/pause_and_serve.py
+python examples/pause_and_serve.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Stop inside a model while it generates, look at the activation, edit it, go on.
 
-    python examples/stop_and_edit.py
+python examples/stop_and_edit.py
 """
 
 from __future__ import annotations

@@ -37,12 +37,14 @@ class Tiles:
 
     Attributes:
         splits: into how many runs the keys of a row are cut at most; a power of two.
-        keys: how many keys are looked at together; runs are multiples of it.
+        run: runs are multiples of so many keys; a multiple of ``keys``.
+        keys: how many keys are looked at together.
         warps: warps of a program.
         stages: depth of the software pipeline over a run.
     """
 
     splits: int
+    run: int
     keys: int
     warps: int
     stages: int
@@ -69,8 +71,8 @@ def attention(
 
 def tiles(depth: int, itemsize: int) -> Tiles:
     """The cut for heads of this width (the larger of ``D`` and ``Dv``) and elements of this size."""
-    keys = 16384 // (next_power_of_2(depth) * itemsize)
-    return Tiles(splits=16, keys=min(128, max(16, keys)), warps=4, stages=2)
+    keys = 8192 // (next_power_of_2(depth) * itemsize)
+    return Tiles(splits=8, run=64, keys=min(64, max(16, keys)), warps=4, stages=3)
 
 
 def decode(
@@ -118,7 +120,7 @@ def decode(
     sink = sinks if sinks is not None else stats
     early = q.is_cuda and torch.cuda.get_device_capability(q.device)[0] >= 9
     span = (positions, lengths, positions.stride(0), lengths.stride(0), window or room, room)
-    sizes = {"KEYS": cut.keys, "SPLITS": cut.splits, "DV": value_depth, "DV_PAD": next_power_of_2(value_depth)}
+    sizes = {"RUN": cut.run, "SPLITS": cut.splits, "DV": value_depth, "DV_PAD": next_power_of_2(value_depth)}
     with torch.cuda.device_of(q):
         _decode_runs[cut.splits, groups, batch](
             q, k_arena, v_arena, rows, rows.stride(0), *span, stats, parts,
@@ -127,7 +129,7 @@ def decode(
             q.stride(0), q.stride(1), q.stride(3), *k_arena.stride(), *v_arena.stride(),
             CAPPED=softcap is not None, EXACT=exact, EARLY=early,
             SHARE=heads // groups, SHARE_PAD=max(LEAST_HEADS, next_power_of_2(heads // groups)),
-            D=depth, D_PAD=max(16, next_power_of_2(depth)), **sizes,
+            D=depth, D_PAD=max(16, next_power_of_2(depth)), KEYS=cut.keys, **sizes,
             num_warps=cut.warps, num_stages=cut.stages,
         )  # fmt: skip
         _decode_merge[heads, batch](
@@ -145,7 +147,7 @@ def _decode_runs(  # type: ignore[no-untyped-def]
     q_batch, q_head, q_dim, k_row, k_head, k_key, k_dim, v_row, v_head, v_key, v_dim,
     CAPPED: tl.constexpr, EXACT: tl.constexpr, EARLY: tl.constexpr,
     SHARE: tl.constexpr, SHARE_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-    KEYS: tl.constexpr, SPLITS: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
+    KEYS: tl.constexpr, RUN: tl.constexpr, SPLITS: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
 ):  # fmt: skip
     """One run of one row's keys, for the query heads of one key-value head.
 
@@ -156,14 +158,8 @@ def _decode_runs(  # type: ignore[no-untyped-def]
     split, group, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
-    here = tl.load(positions + b * positions_stride)
-    end = tl.where(here < tl.load(lengths + b * lengths_stride), tl.minimum(here + 1, room), 0)
-    begin = tl.maximum(end - window, 0)
-    run = tl.cdiv(tl.cdiv(end - begin, SPLITS), KEYS) * KEYS
-    begin += split * run
-    end = tl.minimum(begin + run, end)
-    if begin >= end:
-        return
+    # What does not wait for the row's length is loaded with it.
+    here, length = tl.load(positions + b * positions_stride), tl.load(lengths + b * lengths_stride)
     row = tl.load(rows + b * rows_stride).to(tl.int64)
     share, key = tl.arange(0, SHARE_PAD), tl.arange(0, KEYS)
     d, dv = tl.arange(0, D_PAD), tl.arange(0, DV_PAD)
@@ -172,6 +168,13 @@ def _decode_runs(  # type: ignore[no-untyped-def]
     query = tl.load(q_at, mask=(share < SHARE)[:, None] & (d < D)[None, :], other=0.0)
     if EXACT:
         query = query.to(tl.float32)
+    end = tl.where(here < length, tl.minimum(here + 1, room), 0)
+    begin = tl.maximum(end - window, 0)
+    run = tl.cdiv(tl.cdiv(end - begin, SPLITS), RUN) * RUN
+    begin += split * run
+    end = tl.minimum(begin + run, end)
+    if begin >= end:
+        return
     k_base = k + row * k_row + group.to(tl.int64) * k_head
     v_base = v + row * v_row + group.to(tl.int64) * v_head
     largest = tl.full((SHARE_PAD,), -1e30, tl.float32)
@@ -218,31 +221,32 @@ def _decode_merge(  # type: ignore[no-untyped-def]
     positions, lengths, positions_stride, lengths_stride, window, room,
     stats, parts, out, sinks, heads,
     SINKS: tl.constexpr, EARLY: tl.constexpr,
-    KEYS: tl.constexpr, SPLITS: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
+    RUN: tl.constexpr, SPLITS: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
 ):  # fmt: skip
     """Merge the runs of one head of one row into ``out`` ``[B, 1, H, Dv]``; grid ``[H, B]``."""
     head, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     split, dv = tl.arange(0, SPLITS), tl.arange(0, DV_PAD)
-    here = tl.load(positions + b * positions_stride)
-    end = tl.where(here < tl.load(lengths + b * lengths_stride), tl.minimum(here + 1, room), 0)
+    here, length = tl.load(positions + b * positions_stride), tl.load(lengths + b * lengths_stride)
+    end = tl.where(here < length, tl.minimum(here + 1, room), 0)
     begin = tl.maximum(end - window, 0)
-    run = tl.maximum(tl.cdiv(tl.cdiv(end - begin, SPLITS), KEYS) * KEYS, 1)
+    run = tl.maximum(tl.cdiv(tl.cdiv(end - begin, SPLITS), RUN) * RUN, 1)
     live = begin + split * run < end
     one = b * heads + head
     at = stats + one * 2 * SPLITS + split
+    part_at = parts + (one * SPLITS + split)[:, None] * DV + dv[None, :]
     if EARLY:
         tl.extra.cuda.gdc_wait()
     largest = tl.load(at, mask=live, other=-1e30)
+    total = tl.load(at + SPLITS, mask=live, other=0.0)
+    mixed = tl.load(part_at, mask=live[:, None] & (dv < DV)[None, :], other=0.0)
     peak = tl.max(largest, 0)
     if SINKS:
         sink = tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
         peak = tl.maximum(peak, sink)
     fade = tl.where(live, tl.exp2(largest - peak), 0.0)
-    total = tl.sum(tl.load(at + SPLITS, mask=live, other=0.0) * fade, 0)
+    total = tl.sum(total * fade, 0)
     if SINKS:
         total += tl.exp2(sink - peak)
-    at = parts + (one * SPLITS + split)[:, None] * DV + dv[None, :]
-    mixed = tl.load(at, mask=live[:, None] & (dv < DV)[None, :], other=0.0)
     # A dead row has no runs, and its total is 0.
     mixed = tl.sum(mixed * fade[:, None], 0) / tl.where(end > begin, total, 1.0)
     tl.store(out + one * DV + dv, mixed.to(out.dtype.element_ty), mask=dv < DV)

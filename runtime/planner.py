@@ -113,9 +113,7 @@ def fired(run: Run, flight: Flight, site: Site) -> tuple[int, ...] | None:
     if run.target is not None:
         return ()
     found = [
-        (point, point.fired(site, flight.step, flight.value(site)))
-        for point in run.breakpoints
-        if point.watches(site)
+        (point, point.fired(site, flight.step, flight.value(site))) for point in run.breakpoints if point.watches(site)
     ]
     for point, positions in found:
         if positions:

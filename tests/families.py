@@ -17,15 +17,15 @@ BLOCKS = {"gpt2": "transformer.h", "llama": "model.layers", "llama-bf16": "model
 def family(name: str, device: str = "cpu") -> Any:
     """GPT-2; a Llama with grouped heads, also in bf16; a Mistral with a sliding window of 8."""
     arch, _, dtype = name.partition("-")
-    shared: dict[str, Any] = dict(vocab_size=VOCAB, bos_token_id=1, eos_token_id=EOS, initializer_range=0.2)
-    grouped: dict[str, Any] = dict(
-        hidden_size=WIDTH,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=LENGTH,
-    )
+    shared: dict[str, Any] = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": EOS, "initializer_range": 0.2}
+    grouped: dict[str, Any] = {
+        "hidden_size": WIDTH,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": LENGTH,
+    }
     with torch.random.fork_rng():
         torch.manual_seed(0)
         if arch == "gpt2":

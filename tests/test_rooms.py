@@ -93,9 +93,7 @@ def test_imports_point_one_way() -> None:
     found = [
         line
         for module, path in files.items()
-        for line in violations(
-            path.read_text(encoding="utf-8"), module, is_package=path.name == "__init__.py"
-        )
+        for line in violations(path.read_text(encoding="utf-8"), module, is_package=path.name == "__init__.py")
     ]
     assert not found, "\n".join(found)
 

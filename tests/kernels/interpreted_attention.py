@@ -17,7 +17,7 @@ DECODE = [(4, 5), (0, 1), (0, 0), (69, 70), (16, 17)]
 PREFILL = [(0, 9), (5, 42), (0, 0), (30, 31), (3, 14)]
 
 #: Small, so that short rows have several runs and blocks.
-RUNS = triton_attention.Tiles(splits=4, keys=8, warps=4, stages=1)
+RUNS = triton_attention.Tiles(splits=4, run=16, keys=8, warps=4, stages=1)
 BLOCKS = triton_prefill.Tiles(queries=16, keys=8, warps=4, stages=1)
 
 SIZES: dict[str, dict[str, Any]] = {"even": {}, "odd": {"heads": 6, "groups": 3, "depth": 7, "value_depth": 20}}

@@ -150,9 +150,11 @@ def test_generate_goes_on_from_forward(dj: djinn.Dj) -> None:
             options: dict[str, Any] = {"max_new_tokens": 5, "output_logits": True, "on_token": told.append}
             run = s.generate(rest, **options) if len(rest) else s.generate(**options)
             result = run.result()
-            assert_same_bits(result.logits, plain.logits)
+            # A forward call has all logits, the program of a generate call the last only: its head has other bits.
+            first = 1 if cut == PROMPT else 0
+            assert_same_bits(bits_of(result)[first:], bits_of(plain)[first:])
+            assert not first or same_bits(bits_of(result)[0], logits[-1])
             assert told == plain.tokens[PROMPT:].tolist() and result.tokens.tolist() == [*rest.tolist(), *told]
-            assert cut < PROMPT or int(logits[-1].argmax()) == told[0]
 
 
 def test_a_conversation_is_one_long_prompt(one: djinn.Dj) -> None:

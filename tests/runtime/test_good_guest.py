@@ -1,4 +1,4 @@
-"""The model is left as it was found: grad mode, hooks, configuration, weights; it shares them and sees their changes."""
+"""The model is left as it was found: modes, hooks, configuration, weights, which are shared and not copied."""
 
 from __future__ import annotations
 
