@@ -10,7 +10,8 @@ stop.value.mul_(0.9)
 
 from djinn_fx import when
 from djinn_fx._version import __version__
-from djinn_fx.api import Dj, check, compile
+from djinn_fx.api import check, compile
+from djinn_fx.dj import Dj
 from djinn_fx.errors import (
     CapacityError,
     CaptureError,
@@ -27,13 +28,22 @@ from djinn_fx.errors import (
     UnknownSite,
 )
 from djinn_fx.modules import DjModule
+from djinn_fx.runtime.checkpoint import Checkpoint
+from djinn_fx.runtime.receipt import Receipt
+from djinn_fx.runtime.results import Cache, Result
+from djinn_fx.runtime.run import Run
+from djinn_fx.runtime.session import Session
+from djinn_fx.runtime.steering import SteerHandle
+from djinn_fx.runtime.stop import Stop
 from djinn_fx.specs import Breakpoint, Edit, Feature, Support, break_at
 
 __all__ = [
     "Breakpoint",
+    "Cache",
     "CapacityError",
     "CaptureError",
     "CaptureMismatch",
+    "Checkpoint",
     "CheckpointError",
     "Dj",
     "DjModule",
@@ -43,10 +53,16 @@ __all__ = [
     "InternalError",
     "InvalidPredicate",
     "InvalidValue",
+    "Receipt",
+    "Result",
+    "Run",
+    "Session",
     "SessionBusy",
     "SessionClosed",
     "SiteNotCompiled",
     "StaleStop",
+    "SteerHandle",
+    "Stop",
     "Support",
     "UnknownSite",
     "__version__",

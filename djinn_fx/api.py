@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from functools import partial
-from typing import Any
+from typing import Any, overload
 
 from torch import nn
 
@@ -20,6 +21,37 @@ from djinn_fx.runtime.receipt import make_receipt
 #: Most host memory that offloaded sessions may take.
 PINNED_BYTES = 4 << 30
 
+#: Positions per session where the user does not say.
+MAX_LENGTH = 1024
+
+
+@overload
+def compile(
+    model: nn.Module,
+    *,
+    example_inputs: None = None,
+    tokenizer: Tokenizer | None = None,
+    sites: str | Iterable[str] | None = None,
+    max_sessions: int = 8,
+    max_length: int = MAX_LENGTH,
+    backend: str = "auto",
+    prefill_chunk: int = 512,
+    edit_rank: int = 4,
+    batch_invariant: bool = False,
+    pinned_bytes: int = PINNED_BYTES,
+    verify: bool = True,
+) -> Dj: ...
+
+
+@overload
+def compile(
+    model: nn.Module,
+    *,
+    example_inputs: tuple[Any, ...] | dict[str, Any],
+    sites: str | Iterable[str] | None = None,
+    backend: str = "auto",
+) -> DjModule: ...
+
 
 def compile(
     model: nn.Module,
@@ -28,14 +60,14 @@ def compile(
     tokenizer: Tokenizer | None = None,
     sites: str | Iterable[str] | None = None,
     max_sessions: int = 8,
-    max_length: int = 1024,
+    max_length: int = MAX_LENGTH,
     backend: str = "auto",
     prefill_chunk: int = 512,
     edit_rank: int = 4,
     batch_invariant: bool = False,
     pinned_bytes: int = PINNED_BYTES,
     verify: bool = True,
-) -> Any:
+) -> Dj | DjModule:
     """Compile a model into a program that can be stopped at any layer.
 
     The model itself is left as it is: weights are shared, never copied.
@@ -47,7 +79,7 @@ def compile(
         sites: where runs can stop and be steered; names, roles and globs. Default ``"resid_post"``, for plain modules
             the outputs of the children of each ModuleList or Sequential, else of the direct children.
         max_sessions: sessions whose KV fits on the device at a time.
-        max_length: positions per session.
+        max_length: positions per session; never more than the model's own ``max_position_embeddings``.
         backend: ``"eager"`` runs the segments uncompiled; ``"inductor"`` compiles each structurally different segment
             once; ``"auto"`` is ``"eager"`` until the compiled backend is complete.
         prefill_chunk: prompt tokens per chunk.
@@ -78,6 +110,14 @@ def compile(
         if value < 1:
             raise InvalidValue(f"{name}={value}: give 1 or more.")
     source = prepare(model)
+    limit = _positions_of(model)
+    if max_length > limit:
+        if max_length != MAX_LENGTH:
+            warnings.warn(
+                f"max_length={max_length} is more than the {limit} positions this model knows; compiled for {limit}.",
+                stacklevel=2,
+            )
+        max_length = limit
     options = EngineOptions(
         max_sessions=max_sessions,
         max_length=max_length,
@@ -93,6 +133,14 @@ def compile(
     if verify:
         dj.receipt = make_receipt(dj.engine, dj.observer, partial(reference, model))
     return dj
+
+
+def _positions_of(model: nn.Module) -> int:
+    """How many positions the model knows; a very large number where it does not say."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    known = getattr(text, "max_position_embeddings", None)
+    return known if isinstance(known, int) and known > 0 else 1 << 30
 
 
 def _eos_of(model: nn.Module) -> frozenset[int]:

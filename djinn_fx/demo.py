@@ -24,7 +24,6 @@ from djinn_fx import bundled, render
 from djinn_fx.api import compile as djinn_compile
 from djinn_fx.dj import Dj
 from djinn_fx.runtime.flight import same_bits
-from djinn_fx.runtime.run import Run
 
 #: Contrasting prompts for a model from outside.
 GOOD = ("I love this film. It is", "What a wonderful day! I feel", "The food was delicious and the people")
@@ -77,9 +76,13 @@ class Demo:
         """Print a line of a scene."""
         self.console.print(text)
 
-    def tell(self, label: str, run: Run) -> None:
-        """Show a run's text."""
-        self.console.print(Text(f"  {label:>12}  ", style="dim"), Text((run.text or "").strip()), sep="")
+    def tell(self, label: str, text: str | None, note: str = "") -> None:
+        """Show a text beside its label."""
+        line = Table.grid(padding=(0, 2))
+        line.add_column(width=14, justify="right", style="dim")
+        line.add_column()
+        line.add_row(label, Text.assemble((text or "").strip(), ("  " + note if note else "", "cyan")))
+        self.console.print(line)
 
 
 def run_demo(reference: str | None, console: Console) -> bool:
@@ -166,8 +169,8 @@ def stop_look_edit(demo: Demo) -> None:
         other = edited.generate(demo.prompt, max_new_tokens=demo.new_tokens, breakpoints=[site])
         next(other).value.mul_(-1.0)
         other.run_to_end()
-        demo.tell("untouched", run)
-        demo.tell("edited", other)
+        demo.tell("untouched", run.text)
+        demo.tell("edited once", other.text)
 
 
 def steer(demo: Demo) -> None:
@@ -192,7 +195,7 @@ def steer(demo: Demo) -> None:
                 "steering with strength 0 changes nothing",
                 all(torch.equal(a.tokens, b.tokens) for a, b in zip(plain, steered, strict=True)),
             )
-        demo.console.print(Text(f"  {strength:+10.1f} x  ", style="dim"), Text((steered[0].text or "").strip()), sep="")
+        demo.tell(f"{strength:+.1f} x", steered[0].text)
     if counts.row_count:
         demo.console.print(counts)
 
@@ -246,12 +249,7 @@ def fork_and_part(demo: Demo) -> None:
         for label, result, own in zip(("parent", "x 1.0", "x 0.5", "x -1.0"), results, tokens, strict=True):
             parts = next((i for i, (x, y) in enumerate(zip(own, tokens[0], strict=False)) if x != y), None)
             where = "same" if parts is None else f"parts at position {parts}"
-            demo.console.print(
-                Text(f"  {label:>12}  ", style="dim"),
-                Text((result.text or "").strip()),
-                Text(f"  [{where}]", style="cyan"),
-                sep="",
-            )
+            demo.tell(label, result.text, f"[{where}]")
 
 
 def rewind_and_turn(demo: Demo) -> None:
@@ -266,9 +264,10 @@ def rewind_and_turn(demo: Demo) -> None:
         again = run.result()
         demo.verdict("rewound and resumed untouched: the same future", torch.equal(first.tokens, again.tokens))
         run.rewind(position=position, site=demo.site).value.mul_(-1.0)
+        demo.say("  rewound again, and this time the activation is turned around once (value.mul_(-1))")
         other = run.result()
         for label, result in (("first", first), ("other way", other)):
-            demo.console.print(Text(f"  {label:>12}  ", style="dim"), Text((result.text or "").strip()), sep="")
+            demo.tell(label, result.text)
 
 
 def save_and_restore(demo: Demo) -> None:

@@ -188,6 +188,11 @@ class Dj(Looking):
             engine.programs.get(ProgramShape(1, chunk, 1), "plain", engine.sites)
 
     @property
+    def sessions(self) -> tuple[Session, ...]:
+        """The open sessions, oldest first; each holds a KV row unless it is offloaded."""
+        return tuple(self.engine.sessions)
+
+    @property
     def sites(self) -> SiteTable:
         """Every site of the model; ``dj.compiled_sites`` are those compiled in."""
         return self.engine.table
@@ -240,6 +245,13 @@ class Dj(Looking):
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def __repr__(self) -> str:
+        arena = self.engine.arena
+        return (
+            f"Dj({self.engine.identity.model_type}, {len(self.compiled_sites)} sites compiled, "
+            f"{arena.free_rows} of {arena.rows} rows free, max_length={self.engine.options.max_length})"
+        )
 
     def __reduce__(self) -> str | tuple[object, ...]:
         raise TypeError("a compiled model does not pickle; pickle the model and compile it again.")

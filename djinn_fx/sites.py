@@ -123,6 +123,23 @@ class SiteTable:
             return index[wanted]
         raise UnknownSite(self._why_unknown(name, wanted))
 
+    def single(self, name: str) -> Site:
+        """As :meth:`get`, for calls that take one site: a glob or a role that stands for several is told so.
+
+        Raises:
+            UnknownSite: no such site, or several.
+        """
+        try:
+            return self.get(name)
+        except UnknownSite:
+            several = self.select(name)
+            if len(several) == 1:
+                return several[0]
+            raise UnknownSite(
+                f"{name!r} stands for {len(several)} sites, but this takes one. Give one per layer: "
+                f"{several[0].name!r}, {several[1].name!r}..."
+            ) from None
+
     def select(self, patterns: str | Iterable[str]) -> tuple[Site, ...]:
         """All sites that the names or globs stand for, in execution order, each once.
 

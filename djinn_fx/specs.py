@@ -92,6 +92,8 @@ class Edit:
 
     def __post_init__(self) -> None:
         check_positions(self.positions)
+        for name in ("scale", "add", "ablate"):
+            object.__setattr__(self, name, _number_or_tensor(self.site, name, getattr(self, name)))
         tensors = [self.scale, self.add, self.ablate]
         if self.feature is not None:
             tensors += [self.feature.read, self.feature.write]
@@ -101,6 +103,16 @@ class Edit:
                     f"Edit({self.site!r}): a tensor requires grad, but compiled programs do not run autograd. "
                     "Pass tensor.detach()."
                 )
+
+
+def _number_or_tensor(site: str, name: str, value: object) -> object:
+    """Lists and NumPy arrays as tensors; numbers, None and tensors as they are."""
+    if value is None or isinstance(value, (int, float, torch.Tensor)):
+        return value
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InvalidValue(f"Edit({site!r}): {name}={value!r} is neither a number nor a vector.") from error
 
 
 def check_positions(positions: object) -> None:

@@ -3,7 +3,8 @@
 Flash attention (Dao, 2023) over the row's own prefix, read through ``rows``: a program takes a
 block of queries of one head, counted from the step's first, and walks over the keys that they see.
 Rows, positions and lengths stay on the device, so nothing waits for it, and a row's bits depend on
-its own tokens, positions and keys.
+its own tokens, positions and keys. (Torch's SDPA would have to be told the lengths by the host, knows
+neither softcap nor sinks, and reads hidden values.)
 
 A hidden key has weight 0, but 0 times Inf is NaN. Where a result is not finite, its block walks
 once more: over the finite values alone, while the others are counted for the queries that see them.
@@ -40,13 +41,23 @@ class Tiles:
     stages: int
 
 
-def tiles(depth: int, itemsize: int) -> Tiles:
-    """The cut for heads of this width (the larger of ``D`` and ``Dv``) and elements of this size."""
+def tiles(depth: int, itemsize: int, shared: int) -> Tiles:
+    """The cut that was fastest on an H200, or one that fits less shared memory.
+
+    Args:
+        depth: the larger of ``D`` and ``Dv``.
+        itemsize: bytes of an element.
+        shared: bytes of shared memory that a program may have: 227 KiB on Hopper, 99 on others.
+    """
     if itemsize > 2:
         return Tiles(queries=32, keys=32 if depth <= 128 else 16, warps=4, stages=1)
-    if depth <= 128:
+    if depth <= 64:
         return Tiles(queries=64, keys=64, warps=4, stages=3)
-    return Tiles(queries=64, keys=32, warps=4, stages=2)
+    if shared < 220 * 1024:
+        return Tiles(queries=64 if depth <= 128 else 32, keys=32, warps=4, stages=2)
+    if depth <= 128:
+        return Tiles(queries=128, keys=64, warps=8, stages=3)
+    return Tiles(queries=64, keys=64, warps=4, stages=2)
 
 
 def prefill(
@@ -69,7 +80,9 @@ def prefill(
     """
     batch, heads, query, depth = q.shape
     groups, room, value_depth = v_arena.shape[1], v_arena.shape[2] - 1, v_arena.shape[3]
-    cut = cut or tiles(max(depth, value_depth), q.itemsize)
+    device = torch.cuda.get_device_properties(q.device) if q.is_cuda else None
+    shared = getattr(device, "shared_memory_per_block_optin", 0)
+    cut = cut or tiles(max(depth, value_depth), q.itemsize, shared)
     out = q.new_empty(batch, query, heads, value_depth)
     with torch.cuda.device_of(q):
         _prefill[-(-query // cut.queries), heads, batch](

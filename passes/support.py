@@ -33,6 +33,8 @@ REFUSED: Mapping[str, str] = {
     "gpt_neo": "its local attention layers mask on their own",
 }
 
+_NOT_A_MODULE = "{} is not a torch.nn.Module; load the model first (AutoModelForCausalLM.from_pretrained)"
+
 #: Kinds of layers (``config.layer_types``) whose state is the keys and values of past positions.
 _LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "attention", "global", "dense", "sparse", "moe"})
 _DYNAMIC_ROPE = {
@@ -60,7 +62,10 @@ def check(model: nn.Module, example_inputs: object = None) -> Support:
         example_inputs: given for a plain module.
     """
     if not isinstance(model, nn.Module):
-        return Support(False, (f"{type(model).__name__} is not a torch.nn.Module",))
+        return Support(
+            False,
+            (_NOT_A_MODULE.format(type(model).__name__),),
+        )
     reasons = [*_module_reasons(model)]
     remarks: list[str] = []
     if kind_of(model, example_inputs) == "lm":

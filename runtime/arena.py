@@ -72,8 +72,8 @@ class KVArena:
         """
         if count > len(self._free):
             raise CapacityError(
-                f"{count} KV row(s) needed, {len(self._free)} of {self.rows} free. Close or offload() a session, or "
-                "compile with a larger max_sessions."
+                f"{count} KV row(s) needed, {len(self._free)} of {self.rows} free. Close or offload() a session "
+                "(dj.sessions lists them), or compile with a larger max_sessions."
             )
         return [self._free.pop() for _ in range(count)]
 

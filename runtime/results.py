@@ -72,7 +72,7 @@ class Cache(Mapping[str, torch.Tensor]):
 
     def __repr__(self) -> str:
         inside = ", ".join(f"{name} {tuple(value.shape)}" for name, value in self._values.items())
-        return f"Cache({inside})"
+        return f"Cache({inside or 'empty'})"
 
 
 @dataclass(frozen=True, eq=False)

@@ -98,7 +98,7 @@ class Run:
 
     def _go(self) -> Stop | None:
         """Go on to the next stop; None at the end."""
-        self._require_alive()
+        self.require_alive()
         stop = self._stop
         if stop is not None and stop.waiting and not self.silent and self.target is None:
             return stop.handed_out()
@@ -200,7 +200,8 @@ class Run:
         if self.driver != threading.get_ident() or self.flight is not None:
             self.require_still()
 
-    def _require_alive(self) -> None:
+    def require_alive(self) -> None:
+        """Raise :class:`SessionClosed` if the run was abandoned or its session closed."""
         self.session.require_open()
         if self.finish_reason == "closed":
             raise SessionClosed("this run was abandoned with close(); start another on its session.")
@@ -232,7 +233,7 @@ class Run:
 
         Args:
             position: absolute position, within this run.
-            site: a compiled site; the first one if None.
+            site: a compiled site; where the run stands now if None, else the first one.
 
         Raises:
             InvalidValue: a position outside this run or not computed yet.
@@ -241,8 +242,10 @@ class Run:
             SessionBusy: it is being driven.
         """
         engine = self.session.engine
-        self._require_alive()
-        chosen = engine.sites[0] if site is None else engine.table.get(site)
+        self.require_alive()
+        if site is None:
+            site = self._stop.site if self._stop is not None else engine.sites[0].name
+        chosen = engine.table.get(site)
         require_compiled(chosen, engine.compiled_names)
         with engine.lock:
             self.require_still()

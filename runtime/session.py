@@ -80,6 +80,10 @@ class Session:
         """
         if max_new_tokens < 1:
             raise InvalidValue(f"max_new_tokens={max_new_tokens}: give 1 or more.")
+        if not do_sample and (temperature != 1.0 or top_k is not None or top_p is not None):
+            raise InvalidValue(
+                "temperature, top_k and top_p only act when sampling: add do_sample=True, or leave them out."
+            )
         options = RunOptions(
             kind="generate",
             max_new_tokens=max_new_tokens,
@@ -191,7 +195,7 @@ class Session:
         engine = self.engine
         with engine.lock:
             self.require_open()
-            site = require_compiled(engine.table.get(edit.site), engine.compiled_names)
+            site = require_compiled(engine.table.single(edit.site), engine.compiled_names)
             armed = arm(key, edit, site, engine.dtype, engine.device, engine.options.edit_rank)
             self.steering = {**self.steering, site.name: armed}
             return armed

@@ -135,6 +135,7 @@ class Stop:
     def require_current(self, act: str) -> None:
         """Raise :class:`StaleStop` unless the run still stands here."""
         if not self.current:
+            self.session.require_open()
             raise StaleStop(
                 f"cannot {act}: the run went on from this stop at {self.site!r}, position "
                 f"{self.position}. Use run.stop, or run.rewind(position={self.position}, "

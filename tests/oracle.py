@@ -15,6 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from djinn_fx.passes.context import Lower
+from djinn_fx.passes.lower import lower_eager
 from djinn_fx.passes.pipeline import CaptureStore, build, discover
 from djinn_fx.passes.source import prepare
 from djinn_fx.program import LOGITS, Program, kv_name
@@ -120,9 +122,19 @@ class Played:
 
 
 class Oracle:
-    """Plays scripts on one model."""
+    """Plays scripts on one model; ``lower`` compiles its segments."""
 
-    def __init__(self, model: nn.Module, *, length: int, chunk: int, rank: int, eos: Iterable[int] = ()) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        length: int,
+        chunk: int,
+        rank: int,
+        eos: Iterable[int] = (),
+        lower: Lower = lower_eager,
+    ) -> None:
+        self.lower = lower
         self.source, self.store = prepare(model), CaptureStore()
         self.table = discover(self.source, self.store)
         self.length, self.chunk, self.rank, self.eos = length, chunk, rank, frozenset(eos)
@@ -161,7 +173,14 @@ class Oracle:
         key = (shape, tuple(site.name for site in sites))
         if key not in self._programs:
             self._programs[key] = build(
-                self.source, shape, sites=sites, variant="plain", rank=1, arenas=self.arenas(), store=self.store
+                self.source,
+                shape,
+                sites=sites,
+                variant="plain",
+                rank=1,
+                arenas=self.arenas(),
+                lower=self.lower,
+                store=self.store,
             )
         return self._programs[key]
 

@@ -32,7 +32,7 @@ def test_offsets_beyond_31_bits() -> None:
     new = torch.ones(1, 8, 1, 128, dtype=torch.bfloat16, device="cuda")
     rows, positions = torch.tensor([258], device="cuda"), torch.tensor([[8000]], device="cuda")
     assert arena[258].data_ptr() - arena.data_ptr() > 2 * 2**31
-    triton_kv.kv_write(arena, arena[:, :, :, :], new, 2 * new, rows, positions, positions[:, 0] + 1)
-    assert arena[258, :, 8000].eq(2).all() or arena[258, :, 8000].eq(1).all()
+    triton_kv.kv_write(arena, arena, new, new, rows, positions, positions[:, 0] + 1)
+    assert arena[258, :, 8000].eq(1).all()
     arena[258, :, 8000] = 0
     assert not arena.any()

@@ -71,6 +71,7 @@ def test_offsets_beyond_31_bits() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 def test_never_waits_for_the_device() -> None:
     tensors = kv_prefix(100, torch.bfloat16)
     buffer = torch.empty(plan(tensors).nbytes, dtype=torch.uint8, device="cuda")

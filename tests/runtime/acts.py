@@ -32,16 +32,25 @@ STRENGTHS = st.sampled_from((1.0, 1.0, 0.5, 2.0, -1.0, 0.0))
 THEN = st.sampled_from(("stay", "stay", "advance", "end"))
 
 
-def first_is_positive(h: Tensor) -> Tensor:
-    """A predicate of the user's own, which no file can hold."""
-    return h.flatten()[0] > 0
+class Moody:
+    """A predicate of the user's own, which no file can hold, and which raises when it is told to."""
+
+    fails = False
+
+    def __call__(self, h: Tensor) -> Tensor:
+        if self.fails:
+            raise RuntimeError("not today")
+        return h.flatten()[0] > 0
+
+
+MOODY = Moody()
 
 
 @st.composite
 def calls(draw: st.DrawFn, least: int = 0) -> Call:
     """A forward or a generate call; prompts cross chunks now and then."""
     kind = draw(st.sampled_from(("generate", "generate", "forward")))
-    tokens = prompt(draw(SEEDS), max(least, draw(st.sampled_from((9, 3, 0, 1, 8, 12)))))
+    tokens = prompt(draw(SEEDS), max(least, draw(st.sampled_from((9, 3, 0, 0, 1, 8, 12, 18)))))
     if kind == "forward":
         return Call("forward", tokens or (5,))
     ends = frozenset(draw(st.sampled_from(((), (), range(3, 20)))))
@@ -52,7 +61,7 @@ def calls(draw: st.DrawFn, least: int = 0) -> Call:
 def breakpoints(draw: st.DrawFn) -> djinn.Breakpoint:
     """A breakpoint at one of the sites compiled at first."""
     site = draw(st.sampled_from((*NAMES, "resid_post.*")))
-    kinds = ("norm", "token", "nonfinite", "probe", "entropy", "own")
+    kinds = ("norm", "token", "nonfinite", "probe", "entropy", "own", "own")
     kind = draw(st.sampled_from((*("always",) * 6, *kinds)))
     whens: dict[str, Any] = {
         "always": None,
@@ -61,7 +70,7 @@ def breakpoints(draw: st.DrawFn) -> djinn.Breakpoint:
         "nonfinite": djinn.when.nonfinite(),
         "probe": djinn.when.probe(noise(draw(SEEDS), VOCAB if site == "logits" else WIDTH)),
         "entropy": djinn.when.entropy_below(2.0),
-        "own": first_is_positive,
+        "own": MOODY,
     }
     return djinn.break_at(site, whens[kind], positions=draw(POSITIONS), times=draw(st.sampled_from((None, None, 1, 2))))
 

@@ -25,21 +25,65 @@ class Differs(AssertionError):
 
 
 @dataclass(eq=False)
-class Live:
+class Against:
+    """Something of the engine's that is held against a shadow; ``name`` is for messages."""
+
+    name: str
+    shadow: Shadow
+
+    def check_result(self, world: World, result: Result) -> None:
+        """Compare the outcome of a finished run, or of one that a breakpoint ended in ``dj.generate``."""
+        played = self.shadow.look(world)
+        reason = "breakpoint" if self.shadow.at is not None else played.reason
+        self.equal("result.tokens", result.tokens.tolist(), played.tokens[played.span[0] :])
+        self.equal("result.finish_reason", result.finish_reason, reason)
+        if self.shadow.mixed:
+            return
+        steps = [step for step in played.steps[played.first :] if step.logits is not None]
+        wanted = list(played.drawn)
+        if self.shadow.script.calls[-1].kind == "forward":
+            parts = [step.logits[max(0, played.span[0] - step.start) :] for step in steps if step.logits is not None]
+            wanted = [row for part in parts for row in part]
+        self.equal("result.logits is None", result.logits is None, not wanted)
+        if result.logits is not None:
+            self.same("result.logits", result.logits, torch.stack(wanted))
+        for name in self.shadow.capture:
+            if steps:
+                self.same(f"captured {name}", result.cache[name], torch.cat([step.values[name] for step in steps]))
+
+    def equal(self, what: str, mine: object, wanted: object) -> None:
+        """Fail unless two plain values are equal."""
+        if mine != wanted:
+            self.fail(f"{what} is {mine}, must be {wanted}")
+
+    def same(self, what: str, mine: Tensor, wanted: Tensor) -> None:
+        """Fail unless two tensors have the same bits."""
+        mine = mine.detach()
+        if not same_bits(mine, wanted):
+            shapes = f"{mine.dtype} {tuple(mine.shape)}, must be {wanted.dtype} {tuple(wanted.shape)}"
+            if mine.shape == wanted.shape and mine.dtype == wanted.dtype:
+                gap = (mine.double() - wanted.double()).abs()
+                places = (~((mine == wanted) | (mine.isnan() & wanted.isnan()))).nonzero()[:3].tolist()
+                shapes = f"off by up to {gap.nan_to_num(0).max():.3g}, first at {places} of {tuple(mine.shape)}"
+            self.fail(f"{what} differs: {shapes}")
+
+    def fail(self, what: str) -> None:
+        """Raise with the script so far."""
+        raise Differs(f"{self.name}: {what}\n{self.shadow.describe()}")
+
+
+@dataclass(eq=False)
+class Live(Against):
     """One open session.
 
     Attributes:
-        name: for messages.
         session: the engine's.
-        shadow: what it must be.
         handles: steering handles that it gave, with the shadow's keys.
         stale: stops that its run left, and what they showed last.
         children: its forks.
     """
 
-    name: str
     session: Session
-    shadow: Shadow
     handles: list[tuple[SteerHandle, int]] = field(default_factory=list)
     stale: list[tuple[Stop, Tensor]] = field(default_factory=list)
     children: list[Live] = field(default_factory=list)
@@ -104,51 +148,12 @@ class Live:
         self.equal("stop.tokens", stop.tokens.tolist(), played.tokens[: step.stop])
         self.same("stop.value", stop.value, shadow.value(world))
 
-    def check_result(self, world: World, result: Result, capture: Sequence[str]) -> None:
-        """Compare the outcome of its finished run."""
-        played = self.shadow.look(world)
-        self.equal("finished", self.shadow.busy, False)
-        self.equal("result.tokens", result.tokens.tolist(), played.tokens[played.span[0] :])
-        self.equal("result.finish_reason", result.finish_reason, played.reason)
-        if self.shadow.mixed:
-            return
-        steps = played.steps[played.first :]
-        wanted = list(played.drawn)
-        if self.shadow.script.calls[-1].kind == "forward":
-            parts = [step.logits[max(0, played.span[0] - step.start) :] for step in steps if step.logits is not None]
-            wanted = [row for part in parts for row in part]
-        assert result.logits is not None
-        self.same("result.logits", result.logits, torch.stack(wanted))
-        for name in capture:
-            if steps:
-                self.same(f"captured {name}", result.cache[name], torch.cat([step.values[name] for step in steps]))
-
     def kv(self) -> list[Tensor]:
         """Its KV, ``[heads, positions, dim]`` of each layer, wherever it lies."""
         if self.session.host is not None:
             return self.session.host
         layers = self.session.engine.arena.layers
         return [tensor[self.session.row] for pair in layers for tensor in pair]
-
-    def equal(self, what: str, mine: object, wanted: object) -> None:
-        """Fail unless two plain values are equal."""
-        if mine != wanted:
-            self.fail(f"{what} is {mine}, must be {wanted}")
-
-    def same(self, what: str, mine: Tensor, wanted: Tensor) -> None:
-        """Fail unless two tensors have the same bits."""
-        mine = mine.detach()
-        if not same_bits(mine, wanted):
-            shapes = f"{mine.dtype} {tuple(mine.shape)}, must be {wanted.dtype} {tuple(wanted.shape)}"
-            if mine.shape == wanted.shape and mine.dtype == wanted.dtype:
-                gap = (mine.double() - wanted.double()).abs()
-                places = (~((mine == wanted) | (mine.isnan() & wanted.isnan()))).nonzero()[:3].tolist()
-                shapes = f"off by up to {gap.nan_to_num(0).max():.3g}, first at {places} of {tuple(mine.shape)}"
-            self.fail(f"{what} differs: {shapes}")
-
-    def fail(self, what: str) -> None:
-        """Raise with the script so far."""
-        raise Differs(f"session {self.name}, {self.session!r}: {what}\n{self.shadow.describe()}")
 
     def leaving(self) -> Callable[[], None]:
         """Remember the stop at which it stands; call what this returns when the run went on."""

@@ -18,13 +18,12 @@ from tests.runtime.tiny import (
     NEW,
     PROMPT,
     ROWS,
+    another_dj,
     assert_same,
     compiled,
     direction,
     generated,
     logits_of,
-    make_dj,
-    model_of,
     prompt,
     some,
 )
@@ -270,7 +269,7 @@ def test_a_predicate_that_fails_later_leaves_the_run_where_it_was(dj: djinn.Dj, 
 
 @pytest.mark.parametrize("position", [3, PROMPT - 1, PROMPT + 1])
 def test_sites_may_be_added_while_a_run_is_in_the_air(position: int) -> None:
-    dj, every = make_dj(model_of("llama")), compiled("llama", "every")
+    dj, every = another_dj("llama"), compiled("llama", "every")
     results = []
     for late in (True, False):
         with (dj if late else every).session() as s:

@@ -16,6 +16,7 @@ from djinn_fx.runtime.session import Session
 from tests.runtime.mistakes import Case, begin, beside_another, fails
 from tests.runtime.tiny import (
     WIDTH,
+    another_dj,
     direction,
     make_dj,
     make_model,
@@ -248,7 +249,7 @@ def test_nothing_pickles(dj: djinn.Dj) -> None:
 
 
 def test_a_closed_model_says_so() -> None:
-    with make_dj(make_model("llama")) as dj:
+    with another_dj("llama") as dj:
         s = dj.session()
         run = begin(s, "resid_post.0")
         next(run)

@@ -15,11 +15,12 @@ from tests.bits import assert_same_bits
 from tests.runtime.tiny import (
     NEW,
     ROWS,
+    TWO,
+    another_dj,
     assert_same,
     direction,
     generated,
     guarded,
-    make_dj,
     model_of,
     prompt,
 )
@@ -43,7 +44,7 @@ def eos() -> Iterator[tuple[Any, djinn.Dj, int]]:
     token = by_transformers(model, PROMPTS[1], 3)[-1]
     model.generation_config.eos_token_id = token
     try:
-        dj = make_dj(model)
+        dj = another_dj("llama")
     finally:
         model.generation_config.eos_token_id = None
     yield model, dj, token
@@ -257,6 +258,7 @@ def test_runs_may_be_rewound_and_forked_while_driven(one: djinn.Dj) -> None:
     end(runs)
 
 
+@TWO
 def test_results_pass_over_breakpoints_but_not_over_edits(dj: djinn.Dj) -> None:
     runs = begin(dj, breakpoints=["resid_post.0"])
     for run in runs[:2]:

@@ -42,7 +42,7 @@ def test_a_prompt_of_one_token_is_a_prompt(one: djinn.Dj) -> None:
 
 def test_globs_roles_aliases_and_paths(both: djinn.Dj) -> None:
     names = [site for _, site in places(both, "resid_post.*", "blocks.0.attn.hook_z", length=4, new=1)]
-    assert names == ["attn_q.0", "resid_post.0", "resid_post.1"]
+    assert names == ["attn_z.0", "resid_post.0", "resid_post.1"]
     assert [site for _, site in places(both, "resid_post", length=4, new=1)] == ["resid_post.0", "resid_post.1"]
     module = both.sites.get("resid_post.0").module
     assert [site for _, site in places(both, module, "resid_post.0", length=4, new=1)] == ["resid_post.0"]

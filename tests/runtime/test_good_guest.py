@@ -46,9 +46,8 @@ def test_what_was_read_can_train_a_probe(one: djinn.Dj) -> None:
     assert probe.weight.grad is not None and bool(probe.weight.grad.any())
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_the_model_is_left_as_it_was(name: str) -> None:
-    model, ids = make_model(name), prompt(9)[None]
+def test_the_model_is_left_as_it_was() -> None:
+    model, ids = make_model("gpt2"), prompt(9)[None]
 
     def state() -> dict[str, Any]:
         modules = dict(model.named_modules())
@@ -81,7 +80,6 @@ def test_the_model_is_left_as_it_was(name: str) -> None:
     assert tokens == said
     places = {tensor.data_ptr() for tensor in tensors().values()}
     assert {weight.data_ptr() for weight in dj.program.weights.values()} <= places
-    assert_same_bits(dj(ids).logits, make_dj(model)(ids).logits)
     dj.close()
 
 

@@ -22,10 +22,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import initialize, precondition, rule
 
 import djinn_fx as djinn
-from tests.oracle import Call
+from tests.families import CHUNK, WIDTH, prompt
+from tests.oracle import Call, Change, Script
 from tests.runtime import acts
+from tests.runtime.live import Against
 from tests.runtime.machine import MOST, Stage, anyone, busy, has_run, some, steered, stopped
-from tests.session_script import Target
+from tests.session_script import Shadow, Target
 
 EXAMPLES = int(os.environ.get("DJINN_STATE_EXAMPLES", "200"))
 
@@ -39,7 +41,7 @@ class Sessions(Stage):
     def start(self, seed: int, call: Call, points: list[djinn.Breakpoint]) -> None:
         self.open(seed)
         self.begin(self.lives[0], call, points, ("resid_post.1", "logits"))
-        self.advance(0)
+        self.advance(0, False)
 
     @some(anyone)
     @rule(
@@ -56,19 +58,21 @@ class Sessions(Stage):
             self.then(live, then)
 
     @some(busy)
-    @rule(who=acts.PICK)
-    def advance(self, who: int) -> None:
-        self.advance_one(self.pick(who, busy))
+    @rule(who=acts.PICK, fails=st.booleans())
+    def advance(self, who: int, fails: bool) -> None:
+        self.advance_one(self.pick(who, busy), fails)
 
     @some(busy)
-    @rule(who=acts.PICK, abandon=st.booleans())
-    def end_run(self, who: int, abandon: bool) -> None:
+    @rule(who=acts.PICK, abandon=st.booleans(), again=st.booleans())
+    def end_run(self, who: int, abandon: bool, again: bool) -> None:
         live = self.pick(who, busy)
         if abandon:
             with self.acting(live):
                 live.run.close()
                 live.shadow.close_run(self.world)
             self.refused(lambda: next(live.run, None), live, error=djinn.SessionClosed)
+            if again and self.begin(live, Call("generate", (), 2), [], ()):
+                self.finish(live)
         else:
             self.finish(live)
 
@@ -127,7 +131,7 @@ class Sessions(Stage):
                     act()
 
     @some(has_run)
-    @rule(who=acts.PICK, back=st.integers(0, 12), site=st.sampled_from((*acts.NAMES, None)), then=acts.THEN)
+    @rule(who=acts.PICK, back=st.integers(0, 12), site=st.sampled_from((*acts.NAMES, None, "here")), then=acts.THEN)
     def rewind(self, who: int, back: int, site: str | None, then: str) -> None:
         live = self.pick(who, has_run)
         played = live.shadow.look(self.world)
@@ -136,7 +140,9 @@ class Sessions(Stage):
             self.refused(lambda: live.run.rewind(played.length), live, error=djinn.InvalidValue)
             return
         first, last = steps[0].start, steps[-1].stop - 1
-        position = last - back % (last - first + 1)
+        position = last - (back if site != "here" else back // 4) % (last - first + 1)
+        if site == "here":
+            site = live.stop.site if stopped(live) else None
         if self.homeless(live):
             self.refused(lambda: live.run.rewind(position, site), live)
             return
@@ -202,6 +208,7 @@ class Sessions(Stage):
         if act == "add sites":
             with self.acting():
                 self.dj.add_sites(acts.MORE)
+            self.step(who, 0)
         elif act == "offload":
             with self.acting(live):
                 live.session.offload()
@@ -248,7 +255,7 @@ class Sessions(Stage):
             for live in lives:
                 live.shadow.to_end(self.world)
             for live, result in zip(lives, self.dj.results([live.run for live in lives]), strict=True):
-                live.check_result(self.world, result, live.shadow.capture)
+                live.check_result(self.world, result)
 
     @some(busy)
     @rule(mask=st.integers(0, 63), count=st.integers(0, 8), holds=st.integers(0, 255), kind=acts.WRITES)
@@ -274,11 +281,42 @@ class Sessions(Stage):
             for live in lives:
                 self.catch_up(live, seen[live])
 
+    @precondition(lambda self: self.batches < 2)
+    @rule(
+        prompts=st.lists(st.integers(0, 9), min_size=1, max_size=5),
+        call=acts.calls(1),
+        points=st.lists(acts.breakpoints(), max_size=1),
+        edit=st.none() | acts.edits(),
+    )
+    def generate_all(
+        self, prompts: list[int], call: Call, points: list[djinn.Breakpoint], edit: dict[str, Any] | None
+    ) -> None:
+        """``dj.generate``: more prompts than there are free rows wait for one."""
+        self.batches += 1
+        prompts = prompts if self.invariant else prompts[:1]
+        made = [] if edit is None else [acts.make_edit("resid_post.0", WIDTH, **edit)]
+        shared: dict[str, Any] = {"edits": made, "breakpoints": points, "capture": ("attn_q.1",), "seeds": prompts}
+        shared |= {"max_new_tokens": call.new or 2, "output_logits": True, **vars(call.sampling)}
+        texts = [list(prompt(seed, seed + 1)) for seed in prompts]
+        if not self.free:
+            self.refused(lambda: self.dj.generate(texts, **shared))
+            return
+        with self.acting():
+            results = self.dj.generate(texts, **shared)
+        for seed, text, result in zip(prompts, texts, results, strict=True):
+            changes = tuple(Change((0, -1), edit.site, edit) for edit in made)
+            shadow = Shadow(Script(seeds=((0, seed),), changes=changes))
+            own = Call("generate", tuple(text), call.new or 2, call.sampling)
+            shadow.begin(self.world, own, self.armed(points), ("attn_q.1",))
+            shadow.advance(self.world)
+            Against(f"prompt {seed} of dj.generate", shadow).check_result(self.world, result)
 
-def machine(name: str, invariant: bool, share: int) -> Any:
+
+def machine(name: str, share: int, *, invariant: bool = False, chunk: int = CHUNK) -> Any:
     """The test of one model; ``share`` of the examples in percent."""
-    made = type(f"{name} invariant={invariant}", (Sessions,), {"model": name, "invariant": invariant})
-    case: Any = made.TestCase  # type: ignore[attr-defined]
+    choice = {"model": name, "invariant": invariant, "chunk": chunk}
+    made: Any = type(f"Sessions {choice}", (Sessions,), choice)
+    case = made.TestCase
     case.settings = settings(
         max_examples=max(1, EXAMPLES * share // 100),
         stateful_step_count=24,
@@ -287,9 +325,10 @@ def machine(name: str, invariant: bool, share: int) -> Any:
     return case
 
 
-TestGPT2 = machine("gpt2", False, 25)
-TestGPT2Invariant = machine("gpt2", True, 30)
-TestLlama = machine("llama-bf16", False, 10)
-TestLlamaInvariant = machine("llama", True, 10)
-TestMistral = machine("mistral", False, 10)
-TestMistralInvariant = machine("mistral", True, 15)
+TestGPT2 = machine("gpt2", 25)
+TestGPT2Invariant = machine("gpt2", 25, invariant=True)
+TestGPT2TokenByToken = machine("gpt2", 5, chunk=1)
+TestLlama = machine("llama-bf16", 10)
+TestLlamaInvariant = machine("llama", 10, invariant=True, chunk=20)
+TestMistral = machine("mistral", 10)
+TestMistralInvariant = machine("mistral", 15, invariant=True)

@@ -10,7 +10,7 @@ import torch
 import djinn_fx as djinn
 from djinn_fx.runtime.results import Result
 from tests.bits import assert_same_bits, bits
-from tests.runtime.tiny import WIDTH, assert_same, direction, prompt
+from tests.runtime.tiny import TWO, WIDTH, assert_same, direction, prompt
 
 V = direction(1)
 FEATURE = djinn.Feature(V, V, set=1.0)
@@ -58,6 +58,7 @@ def test_neutral_edits_change_no_bit(dj: djinn.Dj, name: str) -> None:
     assert_same_bits(plain.logits, kept.logits)
 
 
+@TWO
 def test_a_neighbour_in_the_batch_does_not_feel_an_edit(dj: djinn.Dj) -> None:
     def neighbour(*edits: djinn.Edit) -> Result:
         with dj.session() as a, dj.session() as b:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from typing import Any
+from unittest import mock
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import djinn_fx as djinn
+from djinn_fx.passes.pipeline import CaptureStore
 from djinn_fx.runtime.results import Result
 from djinn_fx.runtime.session import Session
 from djinn_fx.runtime.stop import Stop
@@ -59,6 +62,18 @@ def model_of(name: str) -> Any:
     return make_model(name)
 
 
+@cache
+def captures_of(name: str) -> CaptureStore:
+    """What was exported of one of the session's models: most of a compilation's time, so all share it."""
+    return CaptureStore()
+
+
+def another_dj(name: str, sites: Any = SITES, **options: Any) -> djinn.Dj:
+    """Compile one of the session's models once more."""
+    with mock.patch("djinn_fx.dj.CaptureStore", lambda: captures_of(name)):
+        return make_dj(model_of(name), sites, **options)
+
+
 def make_dj(model: Any, sites: Any = SITES, **options: Any) -> djinn.Dj:
     """Compile with the tests' sizes, unverified: the receipt has tests of its own."""
     sizes = {"max_length": LENGTH, "max_sessions": ROWS, "prefill_chunk": CHUNK, "edit_rank": 3, "verify": False}
@@ -69,10 +84,13 @@ def make_dj(model: Any, sites: Any = SITES, **options: Any) -> djinn.Dj:
 @cache
 def compiled(name: str, kind: str = "main") -> djinn.Dj:
     """The session's compiled model: ``main`` (SITES), ``every`` (all sites), ``invariant`` (``batch_invariant``)."""
-    model = model_of(name)
     if kind == "every":
-        return make_dj(model, ("*", *PATHS[name.partition("-")[0]]), edit_rank=1)
-    return make_dj(model, batch_invariant=kind == "invariant")
+        return another_dj(name, ("*", *PATHS[name.partition("-")[0]]), edit_rank=1)
+    return another_dj(name, batch_invariant=kind == "invariant")
+
+
+#: For a fixture of all models: two of them, one in each dtype.
+TWO = pytest.mark.parametrize("dj", ["gpt2", "llama-bf16"], indirect=True)
 
 
 def guarded(dj: djinn.Dj) -> Iterator[djinn.Dj]:
