@@ -13,7 +13,7 @@ demo: $(VENV)/.installed
 	$(BIN)/djinn-fx demo
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check

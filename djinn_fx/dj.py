@@ -125,6 +125,10 @@ class Dj(Looking):
         single = isinstance(prompts, str)
         rows = self._batch([prompts] if single else prompts).rows
         todo = batching.requests(rows, edits, seeds)
+        points = [breakpoints] if isinstance(breakpoints, (str, Breakpoint)) else list(breakpoints)
+        sites = [capture] if isinstance(capture, str) else list(capture)
+        if sampling.get("stop_token_ids") is not None:
+            sampling["stop_token_ids"] = list(sampling["stop_token_ids"])
 
         def begin(session: Session, request: batching.Request) -> Run:
             tell = None if on_token is None else partial(on_token, request.index)
@@ -132,8 +136,8 @@ class Dj(Looking):
                 request.inputs,
                 max_new_tokens=max_new_tokens,
                 on_token=tell,
-                capture=capture,
-                breakpoints=breakpoints,
+                capture=sites,
+                breakpoints=points,
                 **sampling,
             )
 

@@ -6,9 +6,10 @@ tensors by which a compiled program receives them, so that the steer pass and th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -91,9 +92,10 @@ class Edit:
     positions: Positions = "all"
 
     def __post_init__(self) -> None:
-        check_positions(self.positions)
+        object.__setattr__(self, "positions", normal_positions(self.positions))
         for name in ("scale", "add", "ablate"):
             object.__setattr__(self, name, _number_or_tensor(self.site, name, getattr(self, name)))
+        self._check_numbers()
         tensors = [self.scale, self.add, self.ablate]
         if self.feature is not None:
             tensors += [self.feature.read, self.feature.write]
@@ -103,6 +105,23 @@ class Edit:
                     f"Edit({self.site!r}): a tensor requires grad, but compiled programs do not run autograd. "
                     "Pass tensor.detach()."
                 )
+
+    def _check_numbers(self) -> None:
+        """Raise where a field is not what it should be."""
+        where = f"Edit({self.site!r})"
+        strength: object = self.strength
+        scale: object = self.scale
+        vectors: tuple[tuple[str, object], ...] = (("add", self.add), ("ablate", self.ablate))
+        feature: object = self.feature
+        if feature is not None and not isinstance(feature, Feature):
+            raise InvalidValue(f"{where}: feature={feature!r} is not a djinn.Feature.")
+        if not isinstance(strength, (int, float)) or not math.isfinite(strength):
+            raise InvalidValue(f"{where}: strength={strength!r} is not a finite number.")
+        if scale is None or (isinstance(scale, (int, float)) and not math.isfinite(scale)):
+            raise InvalidValue(f"{where}: scale={scale!r} is not a finite number or a vector.")
+        for name, vector in vectors:
+            if vector is not None and not (isinstance(vector, torch.Tensor) and vector.dim() and vector.numel()):
+                raise InvalidValue(f"{where}: {name}={vector!r} is not a vector of the site's width.")
 
 
 def _number_or_tensor(site: str, name: str, value: object) -> object:
@@ -115,27 +134,32 @@ def _number_or_tensor(site: str, name: str, value: object) -> object:
         raise InvalidValue(f"Edit({site!r}): {name}={value!r} is neither a number nor a vector.") from error
 
 
-def check_positions(positions: object) -> None:
-    """Check the form of a ``positions=`` argument.
+def normal_positions(positions: object) -> Positions:
+    """A ``positions=`` argument in a form that nobody else can change: sequences become tuples.
 
     Raises:
         InvalidValue: naming the accepted forms.
     """
-    forms = f"one of {', '.join(map(repr, POSITION_WORDS))}, a tuple of these, an int, a slice or a sequence of ints"
-    if isinstance(positions, str):
-        valid = positions in POSITION_WORDS
-    elif isinstance(positions, int):
-        valid = not isinstance(positions, bool) and positions >= 0
+    if isinstance(positions, Iterable) and not isinstance(positions, str):
+        positions = tuple(positions)
+        words = all(isinstance(item, str) and item in POSITION_WORDS for item in positions)
+        valid = words or all(_is_position(item) for item in positions)
     elif isinstance(positions, slice):
         bounds = (positions.start, positions.stop)
-        valid = positions.step is None and all(bound is None or bound >= 0 for bound in bounds)
+        valid = positions.step is None and all(bound is None or _is_position(bound) for bound in bounds)
     else:
-        items = list(positions) if isinstance(positions, Iterable) else [positions]
-        valid = all(isinstance(item, str) and item in POSITION_WORDS for item in items) or all(
-            isinstance(item, int) and item >= 0 for item in items
-        )
+        valid = positions in POSITION_WORDS if isinstance(positions, str) else _is_position(positions)
     if not valid:
+        forms = (
+            f"one of {', '.join(map(repr, POSITION_WORDS))}, a tuple of these, an int, a slice or a sequence of ints"
+        )
         raise InvalidValue(f"positions={positions!r}: expected {forms}; positions are absolute and 0-based.")
+    normal: Any = positions
+    return normal  # type: ignore[no-any-return]
+
+
+def _is_position(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 @dataclass(frozen=True)
@@ -241,7 +265,7 @@ class Breakpoint:
     times: int | None = None
 
     def __post_init__(self) -> None:
-        check_positions(self.positions)
+        object.__setattr__(self, "positions", normal_positions(self.positions))
         if self.times is not None and self.times < 1:
             raise InvalidValue(f"break_at({self.site!r}, times={self.times}): times must be 1 or more.")
         if self.when is not None and not callable(self.when):

@@ -30,13 +30,14 @@ class KVArena:
     ) -> None:
         self.rows, self.positions = rows, positions
         shape = (rows + 1, positions + 1)
-        self.layers = [
-            (
-                torch.zeros(shape[0], spec.heads, shape[1], spec.key_dim, dtype=dtype, device=device),
-                torch.zeros(shape[0], spec.heads, shape[1], spec.value_dim, dtype=dtype, device=device),
-            )
-            for spec in specs
-        ]
+        with torch.inference_mode(False):  # tensors made in inference mode could not be written outside it
+            self.layers = [
+                (
+                    torch.zeros(shape[0], spec.heads, shape[1], spec.key_dim, dtype=dtype, device=device),
+                    torch.zeros(shape[0], spec.heads, shape[1], spec.value_dim, dtype=dtype, device=device),
+                )
+                for spec in specs
+            ]
         self._free = list(range(rows - 1, -1, -1))
         self.env = {
             kv_name(layer, part): tensor

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from djinn_fx.errors import CapacityError, InvalidValue
 from djinn_fx.runtime.results import Result
-from djinn_fx.runtime.run import Run, _Quiet
+from djinn_fx.runtime.run import Run, quiet
 from djinn_fx.runtime.sampling import checked_seed
 from djinn_fx.runtime.session import Session
 from djinn_fx.runtime.stop import Stop
@@ -49,7 +49,7 @@ def _held(run: Run) -> bool:
 def results(engine: Engine, runs: Sequence[Run]) -> list[Result]:
     """Drive runs together to their ends, passing over breakpoints; returns their results in order."""
     _require_one_engine(engine, runs)
-    with _Quiet(runs):
+    with quiet(runs):
         while moving := [run for run in runs if not run.finished]:
             engine.iterate(moving)
     return [engine.result_of(run) for run in runs]
@@ -156,9 +156,12 @@ def generate(
 def _admit(
     engine: Engine, queue: deque[Request], live: dict[int, Run], begin: Callable[[Session, Request], Run]
 ) -> None:
-    while queue and engine.arena.free_rows:
+    while queue:
+        try:
+            session = engine.open_session(queue[0].seed)
+        except CapacityError:
+            break  # the next row that comes free is taken then
         request = queue.popleft()
-        session = engine.open_session(request.seed)
         try:
             for edit in request.edits:
                 session.steer(edit)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from djinn_fx.errors import InvalidPredicate
+from djinn_fx.errors import InvalidPredicate, InvalidValue
 from djinn_fx.runtime.steps import Step
 from djinn_fx.sites import Site, SiteTable, require_compiled
 from djinn_fx.specs import Breakpoint
@@ -93,6 +93,8 @@ def arm_breakpoints(
     armed = []
     for given in (specs,) if isinstance(specs, (str, Breakpoint)) else specs:
         spec = Breakpoint(given) if isinstance(given, str) else given
+        if not isinstance(spec, Breakpoint):
+            raise InvalidValue(f"breakpoints: {given!r} is neither a site name nor a djinn.break_at(...).")
         sites = [require_compiled(site, names) for site in table.select(spec.site)]
         if spec.when is not None:
             for shape in {site.feature_shape for site in sites}:

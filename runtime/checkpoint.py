@@ -249,10 +249,11 @@ def _require_fit(engine: Engine, state: SessionState) -> None:
     sites = sorted((engine.table.get(name) for name in state.sites()), key=lambda site: site.order)
     for site in sites:
         require_compiled(site, engine.compiled_names)
-    if len(state.tokens) > engine.options.max_length:
+    positions = len(state.tokens) - bool(state.sampled and state.sampled[-1])  # a last drawn token may wait outside
+    if positions > engine.options.max_length:
         raise CapacityError(
-            f"the checkpoint holds {len(state.tokens)} tokens, but this model was compiled with "
-            f"max_length={engine.options.max_length}. Compile with max_length={len(state.tokens)} or more."
+            f"the checkpoint holds {positions} positions, but this model was compiled with "
+            f"max_length={engine.options.max_length}. Compile with max_length={positions} or more."
         )
     ranks = [armed.rank.read.shape[0] for armed in state.edits() if armed.rank is not None]
     if max(ranks, default=0) > engine.options.edit_rank:

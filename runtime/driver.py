@@ -36,7 +36,8 @@ def iterate(engine: Engine, runs: Sequence[Run]) -> list[Stop]:
         InvalidPredicate: a predicate failed; its run stays where it was.
         InvalidValue: a stop's value was given another shape or dtype through ``.data``; every run stays where it was.
     """
-    with _driving(engine, runs):
+    grad = torch.is_grad_enabled()  # callbacks shall see it, and leaving inference mode would turn it on
+    with _driving(engine, runs), torch.inference_mode(False), torch.set_grad_enabled(grad):
         with engine.lock:
             for run in runs:
                 run.session.require_open()
@@ -74,9 +75,15 @@ def _driving(engine: Engine, runs: Sequence[Run]) -> Iterator[None]:
 def _settle(engine: Engine, run: Run) -> None:
     """Take over what the user changed while the run stood at a stop, and leave the stop."""
     flight = run.flight
-    if run.stop is None or flight is None:
+    if flight is None:
         return
-    take_over(engine, run)
+    if run.stop is not None:
+        take_over(engine, run)
+    elif flight.step.steering[-1][1] is not run.session.steering:
+        # A step left in the air by an error: steering set since then acts on what lies ahead.
+        flight.steer(run.session.steering, engine.sites)
+    else:
+        return
     if flight.chunk is not None and flight.chunk.program.sites != engine.sites:
         flight.chunk = None  # sites were compiled in since it began, and may be steered: it begins again
     elif flight.chunk is not None:
@@ -194,7 +201,9 @@ def deliver(engine: Engine, run: Run, site: Site, fired: Sequence[int]) -> Stop:
     """Stop a run after ``site``: the value is copied into a buffer that the stop owns."""
     flight = planner.flight_of(run)
     flight.passed = site.order
-    stop = Stop(run, site, flight.step, flight.value(site).clone(), fired)
+    with torch.inference_mode(False):  # the user may write to it wherever
+        value = flight.value(site).clone()
+    stop = Stop(run, site, flight.step, value, fired)
     run.stand_at(stop)
     return stop
 

@@ -65,9 +65,12 @@ class Flight:
 
     def steer(self, steering: object, sites: tuple[Site, ...]) -> None:
         """Let new edits act at the sites behind the one just passed."""
-        before = self.step
-        self.step = before.steered(self.passed, steering)  # type: ignore[arg-type]
-        later = [site for site in sites if site.order > self.passed]
+        before, reached = self.step, self.passed
+        if self.chunk is not None and self.chunk.next_segment:
+            last = self.chunk.program.segments[self.chunk.next_segment - 1].site
+            reached = max(reached, last.order if last is not None else reached)
+        self.step = before.steered(reached, steering)  # type: ignore[arg-type]
+        later = [site for site in sites if site.order > reached]
         if any(acting(before, site) is not acting(self.step, site) for site in later):
             self.values = None
 

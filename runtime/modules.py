@@ -20,6 +20,7 @@ class ModuleStop:
 
     def __init__(self, run: ModuleRun, site: Site, value: torch.Tensor) -> None:
         self._run, self._site, self._value = run, site, value
+        self._like = (value.shape, value.dtype, value.device)
 
     @property
     def run(self) -> ModuleRun:
@@ -40,13 +41,27 @@ class ModuleStop:
     def value(self, new: torch.Tensor) -> None:
         if self._run.stop is not self:
             raise StaleStop(f"cannot assign to stop.value: the run went on from {self.site!r}.")
-        old = self._value
-        if new.shape != old.shape or new.dtype != old.dtype or new.device != old.device:
+        if not isinstance(new, torch.Tensor):
+            raise InvalidValue(f"stop.value at {self.site!r} must be a tensor, got {type(new).__name__}.")
+        self._require_like(new)
+        self._value = new.detach().clone()
+
+    def checked_value(self) -> torch.Tensor:
+        """The value, still of the shape, dtype and device it was handed out with.
+
+        Raises:
+            InvalidValue: it was given another one through ``.data``, ``resize_`` or the like.
+        """
+        self._require_like(self._value)
+        return self._value
+
+    def _require_like(self, new: torch.Tensor) -> None:
+        shape, dtype, device = self._like
+        if (new.shape, new.dtype, new.device) != self._like:
             raise InvalidValue(
-                f"stop.value at {self.site!r} is {tuple(old.shape)} {old.dtype} on {old.device}; cannot assign "
+                f"stop.value at {self.site!r} is {tuple(shape)} {dtype} on {device}; cannot go on with "
                 f"{tuple(new.shape)} {new.dtype} on {new.device}."
             )
-        self._value = new.detach().clone()
 
     def __repr__(self) -> str:
         return f"ModuleStop({self.site!r}, value={tuple(self._value.shape)} {self._value.dtype})"
@@ -65,6 +80,7 @@ class ModuleRun:
         self._program = program
         self._env: Env = dict(inputs)
         self._done = 0
+        self._reached: Site | None = None
         self._stop: ModuleStop | None = None
         self._watch = _resolve(breakpoints, table, program)
         self._quiet = False
@@ -103,17 +119,21 @@ class ModuleRun:
     def _go(self) -> ModuleStop | None:
         self._leave()
         while not self.finished:
-            segment = self._program.segments[self._done]
-            run_segments(self._program, self._env, self._done, self._done)
+            if self._reached is None:
+                run_segments(self._program, self._env, self._done, self._done)
+                self._reached = self._program.segments[self._done].site
+            site = self._reached  # kept while predicates are asked: one that fails is asked again
+            fires = site is not None and not self._quiet and self._fires(site)
+            self._reached = None
             self._done += 1
-            if segment.site is not None and not self._quiet and self._fires(segment.site):
-                self._stop = ModuleStop(self, segment.site, self._env[segment.site.name].clone())
+            if site is not None and fires:
+                self._stop = ModuleStop(self, site, self._env[site.name].clone())
                 return self._stop
         return None
 
     def _leave(self) -> None:
         stop = self._stop
-        if stop is not None and not same_bits(stop.value, self._env[stop.site]):
+        if stop is not None and not same_bits(stop.checked_value(), self._env[stop.site]):
             self._env[stop.site] = stop.value.clone()
         self._stop = None
 

@@ -68,6 +68,7 @@ def fork(engine: Engine, run: Run, n: int, seeds: Sequence[int] | None) -> list[
         child.inherit(session, session.seed if seeds is None else int(seeds[index]))
         engine.sessions.append(child)
         session.children.append(child)
+        child.parent = session
         twin = run.twin(child)
         twin.flight = _copy_flight(engine, flight_of(run), row)
         child.adopt(twin)
@@ -95,9 +96,11 @@ def recompute(engine: Engine, session: Session, armed: Armed) -> None:
     """
     engine.bring_back(session)
     session.journal, session.last_logits = recomputed(session.journal, armed), None
-    for step in session.journal:
-        execute(engine, session, step, None)
     run = session.run
+    for index, step in enumerate(session.journal):
+        flight = execute(engine, session, step, None)
+        if run is not None and index >= run.first_step:
+            _record_again(run, index - run.first_step + _drawn_first(run), flight)
     if run is None or run.flight is None:
         return
     flight, stop = run.flight, run.stop
@@ -109,5 +112,14 @@ def recompute(engine: Engine, session: Session, armed: Armed) -> None:
     value = stop.checked_value()
     changed = not same_bits(value, flight.value(site))
     fresh = arrive(engine, run, step, site, stop.fired)
+    fresh.held, fresh.waiting = stop.held, stop.waiting
     if changed:
         fresh.value = value
+
+
+def _record_again(run: Run, index: int, flight: Flight) -> None:
+    """Take a run's captured values and logits of one step from its recomputation."""
+    record = run.records[index]
+    captured = {site.name: flight.value(site).clone() for site in run.capture if site.name in record.captured}
+    logits = record.logits if record.logits is None else flight.logits()[-record.logits.shape[0] :].clone()
+    run.records[index] = replace(record, captured=captured, logits=logits)

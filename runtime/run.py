@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -81,8 +82,10 @@ class Run:
         self.silent = False
         self.finish_reason: str | None = None
         self.finished = False
+        self.end: int | None = None  # where the next call's tokens begin
         self.driver: int | None = None  # the thread that is driving it
         self.stopped_early = False
+        self.owner: int | None = None
         self._stop: Stop | None = None
 
     # -- iteration -----------------------------------------------------------------------------
@@ -97,16 +100,17 @@ class Run:
         return stop
 
     def _go(self) -> Stop | None:
-        """Go on to the next stop; None at the end."""
-        self.require_alive()
-        stop = self._stop
-        if stop is not None and stop.waiting and not self.silent and self.target is None:
-            return stop.handed_out()
-        while not self.finished:
-            stops = self.session.engine.iterate([self])
-            if stops:
-                return stops[0].handed_out()
-        return None
+        """Go on to the next stop; None at the end. No other thread may drive the run meanwhile."""
+        with claimed([self]):
+            self.require_alive()
+            stop = self._stop
+            if stop is not None and stop.waiting and not self.silent and self.target is None:
+                return stop.handed_out()
+            while not self.finished:
+                stops = self.session.engine.iterate([self])
+                if stops:
+                    return stops[0].handed_out()
+            return None
 
     def result(self) -> Result:
         """Go on to the end without stopping again, and return the outcome.
@@ -123,9 +127,9 @@ class Run:
         with self.quiet():
             self._go()
 
-    def quiet(self) -> _Quiet:
+    def quiet(self) -> AbstractContextManager[None]:
         """A context in which the run passes over its breakpoints."""
-        return _Quiet([self])
+        return quiet([self])
 
     # -- state ---------------------------------------------------------------------------------
 
@@ -141,17 +145,17 @@ class Run:
     @property
     def tokens(self) -> torch.Tensor:
         """The call's prompt and what was generated so far, int64 ``[T]`` on the CPU."""
-        return torch.tensor(self.session.token_list[self.prompt_start :], dtype=torch.int64)
+        return torch.tensor(self.session.token_list[self.prompt_start : self.end], dtype=torch.int64)
 
     @property
     def generated(self) -> int:
         """Number of tokens sampled so far by this run."""
-        return max(0, len(self.session.token_list) - self.prompt_end)
+        return len(self.session.token_list[self.prompt_end : self.end])
 
     @property
     def text(self) -> str | None:
         """The generated text so far where the model has a tokenizer, else None."""
-        return self.session.engine.decode_text(self.session.token_list[self.prompt_end :])
+        return self.session.engine.decode_text(self.session.token_list[self.prompt_end : self.end])
 
     def finish(self, reason: str | None) -> None:
         """Mark the run finished."""
@@ -186,6 +190,8 @@ class Run:
         Raises:
             SessionBusy: saying who drives it.
         """
+        if self.owner not in (None, threading.get_ident()):
+            raise SessionBusy("another thread is driving this run right now; wait for it.")
         if self.driver is None:
             return
         if self.driver != threading.get_ident():
@@ -302,18 +308,40 @@ class Run:
         raise TypeError("a Run does not pickle; use session.checkpoint().save(path).")
 
 
-class _Quiet:
-    """While entered, runs pass over their breakpoints."""
+@contextmanager
+def claimed(runs: Sequence[Run]) -> Iterator[None]:
+    """Keep other threads from driving these runs; one thread may nest.
 
-    def __init__(self, runs: Sequence[Run]) -> None:
-        self._runs = runs
+    Raises:
+        SessionBusy: another thread drives one of them.
+    """
+    if not runs:
+        yield
+        return
+    with runs[0].session.engine.lock:
+        for run in runs:
+            if run.owner not in (None, threading.get_ident()):
+                run.require_still()
+        before = [run.owner for run in runs]
+        for run in runs:
+            run.owner = threading.get_ident()
+    try:
+        yield
+    finally:
+        for run, owner in zip(runs, before, strict=True):
+            run.owner = owner
 
-    def __enter__(self) -> None:
-        for run in self._runs:
+
+@contextmanager
+def quiet(runs: Sequence[Run]) -> Iterator[None]:
+    """While entered, runs pass over their breakpoints, and no other thread drives them."""
+    with claimed(runs):
+        for run in runs:
             run.require_still()
-        for run in self._runs:
+        for run in runs:
             run.silent = True
-
-    def __exit__(self, *_: object) -> None:
-        for run in self._runs:
-            run.silent = False
+        try:
+            yield
+        finally:
+            for run in runs:
+                run.silent = False

@@ -36,6 +36,7 @@ class Session:
         self.steering: Steering = {}
         self.journal: list[Step] = []
         self.children: list[Session] = []
+        self.parent: Session | None = None
         self.host: list[torch.Tensor] | None = None
         self.last_logits: torch.Tensor | None = None
         self.pinned = False
@@ -78,8 +79,9 @@ class Session:
         Raises:
             SessionBusy, SessionClosed, UnknownSite, SiteNotCompiled, InvalidPredicate, InvalidValue, CapacityError.
         """
-        if max_new_tokens < 1:
-            raise InvalidValue(f"max_new_tokens={max_new_tokens}: give 1 or more.")
+        wanted: object = max_new_tokens
+        if not isinstance(wanted, int) or wanted < 1:
+            raise InvalidValue(f"max_new_tokens={max_new_tokens!r}: give a whole number, 1 or more.")
         if not do_sample and (temperature != 1.0 or top_k is not None or top_p is not None):
             raise InvalidValue(
                 "temperature, top_k and top_p only act when sampling: add do_sample=True, or leave them out."
@@ -139,6 +141,8 @@ class Session:
 
     def adopt(self, run: Run) -> None:
         """Make ``run`` the session's newest run."""
+        if self._run is not None:
+            self._run.end = run.prompt_start
         self._run = run
 
     @property
@@ -284,13 +288,15 @@ class Session:
         """
         with self.engine.lock:
             self.require_endable()
-            for child in self.children:
+            for child in list(self.children):
                 child.close()
             if not self.closed:
                 if self._run is not None:
                     self._run.abandon()
                 self.engine.forget(self)
                 self.closed = True
+                if self.parent is not None and self in self.parent.children:
+                    self.parent.children.remove(self)
 
     def __enter__(self) -> Session:
         return self

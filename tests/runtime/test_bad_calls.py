@@ -106,7 +106,7 @@ CALLS: dict[str, Case] = {
     "max_new_tokens": (
         lambda dj, s: begin(s, max_new_tokens=0),
         djinn.InvalidValue,
-        "max_new_tokens=0: give 1 or more",
+        "max_new_tokens=0: give a whole number, 1 or more",
     ),
     "temperature": (
         lambda dj, s: begin(s, do_sample=True, temperature=-1.0),
@@ -118,8 +118,21 @@ CALLS: dict[str, Case] = {
         djinn.InvalidValue,
         "for the most likely token say do_sample=False",
     ),
-    "top_k": (lambda dj, s: begin(s, top_k=0), djinn.InvalidValue, "top_k=0: must be an integer of 1 or more"),
-    "top_p": (lambda dj, s: begin(s, top_p=1.5), djinn.InvalidValue, "top_p=1.5: must be above 0 and at most 1"),
+    "top_k": (
+        lambda dj, s: begin(s, do_sample=True, top_k=0),
+        djinn.InvalidValue,
+        "top_k=0: must be an integer of 1 or more",
+    ),
+    "top_p": (
+        lambda dj, s: begin(s, do_sample=True, top_p=1.5),
+        djinn.InvalidValue,
+        "top_p=1.5: must be above 0 and at most 1",
+    ),
+    "no sampling": (
+        lambda dj, s: begin(s, top_p=0.5),
+        djinn.InvalidValue,
+        "only act when sampling: add do_sample=True",
+    ),
     "seed": (
         lambda dj, s: dj.session(seed=2**63),
         djinn.InvalidValue,

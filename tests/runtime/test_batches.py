@@ -77,7 +77,7 @@ def test_eos_ends_a_row_and_frees_it(eos: tuple[Any, djinn.Dj, int]) -> None:
 def test_stop_tokens_end_a_row(one: djinn.Dj) -> None:
     plain = one.generate(PROMPTS, max_new_tokens=6)
     stop = int(plain[4].tokens[len(PROMPTS[4]) + 2])
-    results = one.generate(PROMPTS, max_new_tokens=6, stop_token_ids=[stop, 1])
+    results = one.generate(PROMPTS, max_new_tokens=6, stop_token_ids=iter([stop, 1]))
     for ids, whole, cut in zip(PROMPTS, plain, results, strict=True):
         new = whole.tokens[len(ids) :].tolist()
         kept = new[: new.index(stop) + 1] if stop in new else new
@@ -109,12 +109,10 @@ def test_edits_are_one_list_for_all_or_one_per_prompt(one: djinn.Dj) -> None:
     assert [result.tokens.tolist() for result in shared] == [alone(ids, add, turn) for ids in PROMPTS]
     each = [[add], [], [turn], [add, turn], [], [], [turn]]
     own = one.generate(PROMPTS, max_new_tokens=5, edits=each)
-    assert [result.tokens.tolist() for result in own] == [alone(*pair) for pair in zip_edits(each)]
+    assert [result.tokens.tolist() for result in own] == [
+        alone(ids, *edits) for ids, edits in zip(PROMPTS, each, strict=True)
+    ]
     assert [result.tokens.tolist() for result in own] != [result.tokens.tolist() for result in shared]
-
-
-def zip_edits(each: list[list[djinn.Edit]]) -> list[tuple[Any, ...]]:
-    return [(ids, *edits) for ids, edits in zip(PROMPTS, each, strict=True)]
 
 
 def test_seeds_capture_and_on_token(one: djinn.Dj) -> None:
@@ -139,12 +137,18 @@ def test_seeds_capture_and_on_token(one: djinn.Dj) -> None:
 
 def test_a_breakpoint_ends_its_row(one: djinn.Dj) -> None:
     plain = one.generate(PROMPTS, max_new_tokens=5)
-    loud = djinn.break_at("resid_post.1", lambda h: h.norm() > 10, positions="generated")
-    results = one.generate(PROMPTS, max_new_tokens=5, breakpoints=[loud])
+    loud = djinn.break_at("resid_post.1", lambda h: h[0] > 1.5, positions="generated")
+    # An iterator serves all rows, not only the first.
+    results = one.generate(PROMPTS, max_new_tokens=5, breakpoints=iter([loud]), capture=iter(["resid_post.1"]))
     assert {result.finish_reason for result in results} == {"length", "breakpoint"}
-    for whole, cut in zip(plain, results, strict=True):
-        assert whole.tokens[: len(cut.tokens)].tolist() == cut.tokens.tolist()
-        assert (len(whole.tokens) > len(cut.tokens)) or cut.finish_reason == "length" or len(cut.tokens) > 0
+    for ids, whole, cut in zip(PROMPTS, plain, results, strict=True):
+        with one.session() as s:
+            places = [stop.position for stop in s.generate(ids, max_new_tokens=5, breakpoints=[loud])]
+        assert cut.finish_reason == ("breakpoint" if places else "length")
+        # The step that stopped was not committed: its token is there, its captured value is not.
+        kept = places[0] + 1 if places else len(whole.tokens)
+        assert cut.tokens.tolist() == whole.tokens[:kept].tolist()
+        assert len(cut.cache["resid_post.1"]) == kept - 1
 
 
 def test_a_failing_callback_leaves_nothing_behind(one: djinn.Dj) -> None:
@@ -273,7 +277,7 @@ def test_results_pass_over_breakpoints_but_not_over_edits(dj: djinn.Dj) -> None:
             assert_same_bits(run.result().logits[:1], result.logits[:1])  # type: ignore[index]
 
 
-def test_more_runs_than_rows_fit_a_bucket(one: djinn.Dj) -> None:
+def test_every_row_driven_together(one: djinn.Dj) -> None:
     runs = begin(one, range(ROWS))
     assert [result.finish_reason for result in one.results(runs)] == ["length"] * ROWS
     end(runs)

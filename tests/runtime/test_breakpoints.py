@@ -12,7 +12,7 @@ from torch import Tensor
 import djinn_fx as djinn
 from djinn_fx.specs import Breakpoint
 from tests.bits import same_bits
-from tests.runtime.tiny import CHUNK, assert_same, direction, generated, prompt, values
+from tests.runtime.tiny import CHUNK, another_dj, assert_same, compiled, direction, generated, prompt, values
 
 LONG = 2 * CHUNK + 5
 
@@ -32,6 +32,18 @@ def test_a_chunked_prompt_stops_once_per_chunk(one: djinn.Dj) -> None:
         s.forward(prompt(3)).result()  # the grid starts at the call's first position
         stops = s.forward(prompt(CHUNK + 1), breakpoints=["resid_post.0"])
         assert [stop.positions for stop in stops] == [tuple(range(3, 19)), (19,)]
+
+
+def test_a_chunk_may_be_one_token() -> None:
+    dj = another_dj("llama", prefill_chunk=1)
+    with dj.session() as s:
+        run = s.generate(prompt(5), max_new_tokens=3, output_logits=True, breakpoints=["resid_post.*"])
+        stops = [(stop.position, stop.phase) for stop in run]
+        assert stops == [(p, "prompt" if p < 5 else "generated") for p in range(7) for _ in range(2)]
+        plain = run.result()
+        assert plain.tokens.tolist() == generated(compiled("llama"), prompt(5), 3).tokens.tolist()
+        run.rewind(2, "resid_post.0")
+        assert_same(run.result(), plain)
 
 
 def test_a_prompt_of_one_token_is_a_prompt(one: djinn.Dj) -> None:

@@ -166,7 +166,8 @@ def test_rewind_within_the_step_in_the_air(dj: djinn.Dj) -> None:
             run = usual(s, djinn.break_at("mlp_out.1", positions=position))
             stop = next(run)
             stop.value.zero_()
-            first = run.rewind(position)
+            assert run.rewind(position).site == "mlp_out.1"  # where it stands, unless another is named
+            first = run.rewind(position, "attn_q.0")
             assert (first.site, first.position) == ("attn_q.0", stop.position)
             assert_same(run.result(), generated(dj, prompt(PROMPT)))
 

@@ -43,13 +43,13 @@ def near(a: Tensor, b: Tensor) -> None:
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_forward_and_cache_of_padded_prompts(both: djinn.Dj, side: str) -> None:
+def test_forward_and_cache_of_padded_prompts(one: djinn.Dj, side: str) -> None:
     layout = padded(side)
-    logits, cache = both.run_with_cache(BatchEncoding(layout), SITES)
+    logits, cache = one.run_with_cache(BatchEncoding(layout), SITES)
     assert logits is not None
-    assert_same_bits(both(layout).logits, logits)
+    assert_same_bits(one(layout).logits, logits)
     for index, tokens in enumerate(PROMPTS):
-        alone, alone_cache = both.run_with_cache(tokens, SITES)
+        alone, alone_cache = one.run_with_cache(tokens, SITES)
         assert alone is not None
         near(rows_of(layout, logits)[index], alone[0])
         for name in cache:
@@ -68,20 +68,20 @@ def test_forward_is_that_of_transformers(both: djinn.Dj, side: str) -> None:
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_hooks_see_and_change_the_layout_given(both: djinn.Dj, side: str) -> None:
+def test_hooks_see_and_change_the_layout_given(one: djinn.Dj, side: str) -> None:
     layout, seen = padded(side), []
 
     def hook(value: Tensor, hook: Any) -> Tensor:
         seen.append((hook.name, hook.layer, value.clone()))
         return torch.where(value == 0, 77.0, value) + 1  # what is put at the pads goes nowhere
 
-    logits = both.run_with_hooks(layout, [("resid_post.0", hook)])
+    logits = one.run_with_hooks(layout, [("resid_post.0", hook)])
     assert logits is not None
     ((name, layer, value),) = seen
     assert (name, layer, value.shape) == ("resid_post.0", 0, (4, 21, WIDTH))
     rows_of(layout, value)
     for index, tokens in enumerate(PROMPTS):
-        alone = both.run_with_hooks(tokens, [("blocks.0.hook_resid_post", lambda value: value + 1)])
+        alone = one.run_with_hooks(tokens, [("blocks.0.hook_resid_post", lambda value: value + 1)])
         assert alone is not None
         near(rows_of(layout, logits)[index], alone[0])
 

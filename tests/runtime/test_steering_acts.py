@@ -61,9 +61,9 @@ def test_prompt_and_last_prompt_speak_of_each_call(one: djinn.Dj) -> None:
     def run(act: Callable[[Session, int], None]) -> torch.Tensor:
         with one.session() as s:
             act(s, 0)
-            first = s.generate(prompt(4), max_new_tokens=3).result()
+            first = s.generate(prompt(4), max_new_tokens=3, output_logits=True).result()
             act(s, 1)
-            return torch.cat([first.tokens.float()[:, None].expand(-1, 64), logits_of(s, prompt(3, 5))])
+            return torch.cat([bits_of(first), logits_of(s, prompt(3, 5))])
 
     # The second call forwards the last sampled token, 6, and its own three, 7 to 9.
     def last(s: Session, call: int) -> None:
