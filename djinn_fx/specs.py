@@ -6,7 +6,6 @@ tensors by which a compiled program receives them, so that the steer pass and th
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -115,10 +114,10 @@ class Edit:
         feature: object = self.feature
         if feature is not None and not isinstance(feature, Feature):
             raise InvalidValue(f"{where}: feature={feature!r} is not a djinn.Feature.")
-        if not isinstance(strength, (int, float)) or not math.isfinite(strength):
-            raise InvalidValue(f"{where}: strength={strength!r} is not a finite number.")
-        if scale is None or (isinstance(scale, (int, float)) and not math.isfinite(scale)):
-            raise InvalidValue(f"{where}: scale={scale!r} is not a finite number or a vector.")
+        if not isinstance(strength, (int, float)):
+            raise InvalidValue(f"{where}: strength={strength!r} is not a number.")
+        if scale is None:
+            raise InvalidValue(f"{where}: scale=None is neither a number nor a vector.")
         for name, vector in vectors:
             if vector is not None and not (isinstance(vector, torch.Tensor) and vector.dim() and vector.numel()):
                 raise InvalidValue(f"{where}: {name}={vector!r} is not a vector of the site's width.")

@@ -196,8 +196,8 @@ def test_an_edit_at_a_site_that_is_not_compiled(dj: djinn.Dj, monkeypatch: pytes
 
 def test_a_session_that_is_too_long(dj: djinn.Dj, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = stopped(dj).checkpoint()
-    monkeypatch.setattr(dj.engine, "options", replace(dj.engine.options, max_length=len(PROMPT)))
-    with pytest.raises(djinn.CapacityError, match=r"20 tokens, .* max_length=19. Compile with max_length=20"):
+    monkeypatch.setattr(dj.engine, "options", replace(dj.engine.options, max_length=len(PROMPT) - 1))
+    with pytest.raises(djinn.CapacityError, match=r"19 positions, .* max_length=18. Compile with max_length=19"):
         dj.restore(checkpoint)
 
 
