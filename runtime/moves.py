@@ -99,8 +99,11 @@ def recompute(engine: Engine, session: Session, armed: Armed) -> None:
     run = session.run
     for index, step in enumerate(session.journal):
         flight = execute(engine, session, step, None)
-        if run is not None and index >= run.first_step:
-            _record_again(run, index - run.first_step + _drawn_first(run), flight)
+        if run is None:
+            continue
+        record = index - run.first_step + _drawn_first(run)  # the first token may stem from the step before
+        if record >= 0:
+            _record_again(run, record, flight)
     if run is None or run.flight is None:
         return
     flight, stop = run.flight, run.stop

@@ -57,7 +57,6 @@ class Shadow:
         at: the place of the stop at which the run stands; or None.
         pause: an unfinished run that does not stand at a stop: positions computed, tokens known; or None.
         fired: of the stop.
-        mixed: the newest run's records hold what was computed before a recomputation.
         capture: sites that the newest run captures.
         played: the script, played to where it stands; None when something changed.
     """
@@ -67,7 +66,6 @@ class Shadow:
     at: Place | None = None
     pause: tuple[int, int] | None = None
     fired: tuple[int, ...] = ()
-    mixed: bool = False
     capture: tuple[str, ...] = ()
     played: Played | None = None
 
@@ -108,7 +106,7 @@ class Shadow:
         """A new call, not begun yet."""
         now = self.look(world)
         self.script = replace(self.script, calls=(*self.script.calls, call))
-        self.points, self.at, self.mixed, self.capture = list(points), None, False, tuple(capture)
+        self.points, self.at, self.capture = list(points), None, tuple(capture)
         self.pause, self.played = (now.length, len(now.tokens) + len(call.tokens)), None
 
     def advance(self, world: World) -> Played:
@@ -187,7 +185,7 @@ class Shadow:
         others = tuple(change for change in self.script.changes if change.site != site)
         forced = {at: token for at, token in enumerate(now.tokens) if now.sampled[at]}
         self.script = replace(self.script, changes=(Change((0, -1), site, edit, key), *others), forced=forced)
-        self.mixed, self.played = True, None
+        self.played = None
 
     def rewind(self, world: World, position: int, site: Site) -> Played:
         """Back to the step that covers a position, stopped after a site."""

@@ -37,8 +37,6 @@ class Against:
         reason = "breakpoint" if self.shadow.at is not None else played.reason
         self.equal("result.tokens", result.tokens.tolist(), played.tokens[played.span[0] :])
         self.equal("result.finish_reason", result.finish_reason, reason)
-        if self.shadow.mixed:
-            return
         steps = [step for step in played.steps[played.first :] if step.logits is not None]
         wanted = list(played.drawn)
         if self.shadow.script.calls[-1].kind == "forward":
@@ -81,12 +79,24 @@ class Live(Against):
         handles: steering handles that it gave, with the shadow's keys.
         stale: stops that its run left, and what they showed last.
         children: its forks.
+        unseen: a stop that ``as_stopped`` found and did not yield any more; it is to be handed out next.
     """
 
     session: Session
     handles: list[tuple[SteerHandle, int]] = field(default_factory=list)
     stale: list[tuple[Stop, Tensor]] = field(default_factory=list)
     children: list[Live] = field(default_factory=list)
+    unseen: Stop | None = None
+
+    @property
+    def waits(self) -> bool:
+        """Whether its run stands at a stop that nobody was given yet."""
+        return self.unseen is not None and self.unseen.current
+
+    def take_waiting(self, stop: Stop) -> bool:
+        """Whether this is the stop that waited; it does no more."""
+        waited, self.unseen = self.waits and self.unseen is stop, None
+        return waited
 
     @property
     def run(self) -> Run:

@@ -219,6 +219,10 @@ class Stage(RuleBasedStateMachine):
 
     def advance_one(self, live: Live, fails: bool = False) -> None:
         """A run to its next stop, or to its end; where a predicate ``fails`` once, the run goes on from there."""
+        if live.waits:
+            with self.acting(live):
+                live.equal("next(run) gives the stop that waits", live.take_waiting(next(live.run)), True)
+            return
         if self.homeless(live):
             self.refused(lambda: next(live.run, None), live)
             return
@@ -270,6 +274,7 @@ class Stage(RuleBasedStateMachine):
         run = live.run
         if run.finished or (run.stop is not None and run.stop is not seen):
             live.shadow.advance(self.world)
+            live.unseen = run.stop
         elif run.stop is None:
             live.shadow.paused_at(self.world, live.session.length, len(live.session.tokens))
 

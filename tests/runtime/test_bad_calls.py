@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,19 +13,12 @@ from djinn_fx.runtime.session import Session
 from tests.bits import assert_same_bits
 from tests.runtime.mistakes import Case, begin, beside_another, fails
 from tests.runtime.tiny import (
-    CHUNK,
     LENGTH,
-    NEW,
-    PROMPT,
     ROWS,
-    another_dj,
-    assert_same,
     compiled,
     direction,
-    generated,
     logits_of,
     prompt,
-    some,
 )
 
 V = direction(1)
@@ -224,84 +217,3 @@ def test_no_row_left(dj: djinn.Dj) -> None:
         dj.restore(sessions[0].checkpoint())
     for session in sessions:
         session.close()
-
-
-# -- predicates ----------------------------------------------------------------------------------
-
-
-def explode(h: torch.Tensor) -> torch.Tensor:
-    raise ZeroDivisionError("oh")
-
-
-PREDICATES: dict[str, tuple[Callable[[torch.Tensor], Any], str]] = {
-    "raises": (explode, r"failed on a value of shape \(32,\): ZeroDivisionError: oh.*tensor operations only"),
-    "branches": (lambda h: h[0] > 0 if h.sum() > 0 else h[1] > 0, r"failed .* no `if` or .item\(\) on data"),
-    "item": (lambda h: torch.tensor(h.norm().item() > 3), r"failed .* no `if` or .item\(\) on data"),
-    "float": (lambda h: h.norm(), "must return a 0-d bool tensor for each position; it returned dtype torch.float32"),
-    "vector": (lambda h: h > 0, r"it returned dtype torch.bool and shape \(32,\)"),
-    "no tensor": (lambda h: True, "failed|must return a 0-d bool tensor"),
-    "probe": (djinn.when.probe(V[:3]), "failed on a value of shape"),
-}
-
-
-@pytest.mark.parametrize("name", PREDICATES)
-def test_predicates_are_tried_when_armed(dj: djinn.Dj, name: str) -> None:
-    when, message = PREDICATES[name]
-    message = r"the predicate of break_at\('resid_post.0'\) (.|\n)*(" + message + ")"
-    fails(dj, (lambda dj, s: begin(s, djinn.break_at("resid_post.0", when)), djinn.InvalidPredicate, message))
-
-
-@pytest.mark.parametrize("position", [CHUNK, PROMPT + 1])
-def test_a_predicate_that_fails_later_leaves_the_run_where_it_was(dj: djinn.Dj, position: int) -> None:
-    broken = False
-
-    def when(h: torch.Tensor) -> torch.Tensor:
-        if broken:
-            raise ZeroDivisionError
-        return h[0] != h[0]
-
-    with dj.session() as s:
-        points = [djinn.break_at("attn_q.0", positions=position), djinn.break_at("resid_post.0", when)]
-        points.insert(1, djinn.break_at("resid_post.0", times=1, positions=position))
-        run = s.generate(prompt(PROMPT), max_new_tokens=NEW, output_logits=True, breakpoints=points)
-        next(run)
-        broken = True
-        for _ in range(2):
-            with pytest.raises(djinn.InvalidPredicate, match="ZeroDivisionError"):
-                next(run)
-        s.offload()  # and home to another row: the step in the air goes on there
-        with dj.session() as other:
-            logits_of(other, prompt(40))
-            broken = False
-            assert next(run).site == "resid_post.0"  # was not counted when its neighbour failed
-            assert_same(run.result(), generated(dj, prompt(PROMPT)))
-
-
-# -- sites compiled in later ---------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("position", [3, PROMPT - 1, PROMPT + 1])
-def test_sites_may_be_added_while_a_run_is_in_the_air(position: int) -> None:
-    dj, every = another_dj("llama"), compiled("llama", "every")
-    results = []
-    for late in (True, False):
-        with (dj if late else every).session() as s:
-            points = [djinn.break_at("attn_q.0", positions=position)]
-            run = s.generate(prompt(PROMPT), max_new_tokens=NEW, output_logits=True, breakpoints=points)
-            stop = next(run)
-            stop.value.mul_(-1)
-            if late:
-                with pytest.raises(djinn.SiteNotCompiled):
-                    s.steer("attn_out.1", add=V)
-                dj.add_sites(["attn_out.*", "resid_mid.0"])
-            s.steer("attn_out.1", add=V)
-            while stop.site != "attn_out.0":
-                stop = some(stop.step())
-            stop.value.add_(1)
-            assert some(stop.step()).site == "resid_mid.0" and some(stop.run.stop).position == stop.position
-            results.append(run.result())
-            again = run.rewind(position, "attn_out.1")
-            assert again.site == "attn_out.1"
-            assert_same(run.result(), results[-1])
-    assert_same(results[0], results[1])
-    dj.close()

@@ -131,7 +131,7 @@ class Sessions(Stage):
                     act()
 
     @some(has_run)
-    @rule(who=acts.PICK, back=st.integers(0, 12), site=st.sampled_from((*acts.NAMES, None, "here")), then=acts.THEN)
+    @rule(who=acts.PICK, back=st.integers(0, 12), site=st.sampled_from((*acts.NAMES, None, None)), then=acts.THEN)
     def rewind(self, who: int, back: int, site: str | None, then: str) -> None:
         live = self.pick(who, has_run)
         played = live.shadow.look(self.world)
@@ -140,14 +140,13 @@ class Sessions(Stage):
             self.refused(lambda: live.run.rewind(played.length), live, error=djinn.InvalidValue)
             return
         first, last = steps[0].start, steps[-1].stop - 1
-        position = last - (back if site != "here" else back // 4) % (last - first + 1)
-        if site == "here":
-            site = live.stop.site if stopped(live) else None
+        position = last - (back if site else back // 4) % (last - first + 1)
+        named = site or (live.stop.site if stopped(live) else self.world.sites[0].name)
         if self.homeless(live):
             self.refused(lambda: live.run.rewind(position, site), live)
             return
         with self.acting(live):
-            live.shadow.rewind(self.world, position, self.dj.sites.get(site) if site else self.world.sites[0])
+            live.shadow.rewind(self.world, position, self.dj.sites.get(named))
             live.equal("what rewind() gives", live.run.rewind(position, site), live.run.stop)
         self.then(live, then)
 
@@ -169,8 +168,9 @@ class Sessions(Stage):
             self.refused(lambda: live.session.steer(made, kv="recompute"), live)
         else:
             with self.acting(live):
-                key = next(self.keys)
+                key, waits = next(self.keys), live.waits
                 live.handles.append((live.session.steer(made, kv="recompute" if again else "keep"), key))
+                live.unseen = live.run.stop if waits else None
                 (live.shadow.recompute if again else live.shadow.steer)(self.world, site, made, key)
             self.then(live, then)
 
@@ -269,8 +269,9 @@ class Sessions(Stage):
             for number, stop in enumerate(itertools.islice(stops, count)):
                 live = owners[id(stop.run)]
                 old = seen[live]
-                live.equal("a held run went on", old is not None and old.held, False)
-                live.shadow.advance(self.world)
+                if not live.take_waiting(stop):
+                    live.equal("a held run went on", old is not None and old.held, False)
+                    live.shadow.advance(self.world)
                 live.check(self.world)
                 seen[live] = stop
                 if holds >> number & 1:

@@ -83,7 +83,7 @@ def test_prompt_and_last_prompt_speak_of_each_call(one: djinn.Dj) -> None:
     assert_same_bits(run(given), run(also_by_hand))
 
 
-@pytest.mark.parametrize("dj", ["gpt2-bf16"], indirect=True)
+@pytest.mark.parametrize("dj", ["llama-bf16"], indirect=True)
 def test_a_scale_of_nine_tenths_means_nine_tenths_in_bf16(dj: djinn.Dj) -> None:
     def run(change: Callable[[Any], Any]) -> Result:
         return edited(dj, "resid_post.0", range(23), change)
