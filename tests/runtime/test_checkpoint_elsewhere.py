@@ -203,10 +203,10 @@ def test_a_session_that_is_too_long(dj: djinn.Dj, monkeypatch: pytest.MonkeyPatc
 
 def test_an_edit_of_too_many_directions(dj: djinn.Dj, monkeypatch: pytest.MonkeyPatch) -> None:
     with dj.session() as session:
-        session.steer("attn_out.1", ablate=direction(2, 3, 32))
+        session.steer("attn_out.1", ablate=direction(2, 2, 32))
         checkpoint = session.checkpoint()
-    monkeypatch.setattr(dj.engine, "options", replace(dj.engine.options, edit_rank=2))
-    with pytest.raises(djinn.CapacityError, match="edit_rank=3 or more"):
+    monkeypatch.setattr(dj.engine, "options", replace(dj.engine.options, edit_rank=1))
+    with pytest.raises(djinn.CapacityError, match="edit_rank=2 or more"):
         dj.restore(checkpoint, exact=False)
 
 
