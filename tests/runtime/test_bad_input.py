@@ -127,9 +127,9 @@ VALUES: dict[str, Case] = {
     "no direction": (lambda dj, s: s.steer("resid_post.0", ablate=V * 0), djinn.InvalidValue, "direction of length 0"),
     "NaN direction": (lambda dj, s: s.steer("resid_post.0", ablate=V / 0), djinn.InvalidValue, "NaN or Inf"),
     "rank": (
-        lambda dj, s: s.steer("resid_post.0", ablate=direction(2, 3, WIDTH)),
+        lambda dj, s: s.steer("resid_post.0", ablate=direction(2, 4, WIDTH)),
         djinn.InvalidValue,
-        "uses 3 directions, but .* edit_rank=2. Compile with edit_rank=3 or use fewer",
+        "uses 4 directions, but .* edit_rank=3. Compile with edit_rank=4 or use fewer",
     ),
     "edit with grad": (
         lambda dj, s: s.steer("resid_post.0", add=V.clone().requires_grad_()),

@@ -76,7 +76,7 @@ def another_dj(name: str, sites: Any = SITES, **options: Any) -> djinn.Dj:
 
 def make_dj(model: Any, sites: Any = SITES, **options: Any) -> djinn.Dj:
     """Compile with the tests' sizes, unverified: the receipt has tests of its own."""
-    sizes = {"max_length": LENGTH, "max_sessions": ROWS, "prefill_chunk": CHUNK, "edit_rank": 2, "verify": False}
+    sizes = {"max_length": LENGTH, "max_sessions": ROWS, "prefill_chunk": CHUNK, "edit_rank": 3, "verify": False}
     dj: djinn.Dj = djinn.compile(model, sites=sites, **(sizes | options))
     return dj
 
