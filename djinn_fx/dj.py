@@ -236,7 +236,7 @@ class Dj(Looking):
         return explain(self.program)
 
     def close(self) -> None:
-        """Close every session and free the KV arena."""
+        """Close every session and refuse further work; the KV arena goes with the object."""
         self.engine.close()
 
     def __enter__(self) -> Dj:
