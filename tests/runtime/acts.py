@@ -111,6 +111,9 @@ def make_edit(site: str, size: int, *, kind: str, seed: int, strength: float, po
 
 WRITES = st.sampled_from(("scale", "assign", "negate", "row", "nan", "inf", "-0.0", "same", "undo"))
 
+#: What is written before another act at the same stop.
+TOUCH = st.sampled_from((None, None, "assign", "same"))
+
 
 def write(stop: Stop, kind: str, seed: int, natural: Tensor) -> None:
     """Change what a stop holds, in place or by assignment."""

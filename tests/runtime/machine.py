@@ -251,6 +251,14 @@ class Stage(RuleBasedStateMachine):
                 self.advance_one(live)
         return self.pick(who, stopped)
 
+    def touch(self, live: Live, kind: str | None, seed: int = 0) -> None:
+        """Change what a stop holds, where the session stands at one."""
+        now = live.shadow.look(self.world).stop
+        if kind is not None and now is not None:
+            with self.acting(live):
+                acts.write(live.stop, kind, seed, now[2])
+                live.shadow.write(self.world, live.stop.value)
+
     def then(self, live: Live, what: str) -> None:
         """What follows an act: nothing, the next stop, or the end."""
         if live in self.lives and live.shadow.busy:

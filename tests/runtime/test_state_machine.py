@@ -54,6 +54,8 @@ class Sessions(Stage):
     def call(self, who: int, call: Call, points: list[djinn.Breakpoint], capture: tuple[str, ...], then: str) -> None:
         idle = any(not busy(live) for live in self.lives)
         live = self.pick(who, (lambda live: not busy(live)) if idle else anyone)
+        if live.session.length == len(live.session.tokens) > 0 and who % 2 and call.kind == "generate":
+            call = replace(call, tokens=())  # the first token is drawn from what was computed before
         if self.begin(live, call, points, capture):
             self.then(live, then)
 
@@ -81,11 +83,7 @@ class Sessions(Stage):
     @rule(who=acts.PICK, kind=acts.WRITES, seed=acts.SEEDS, then=acts.THEN)
     def write(self, who: int, kind: str, seed: int, then: str) -> None:
         live = self.at_a_stop(who)
-        with self.acting(live):
-            now = live.shadow.look(self.world).stop
-            assert now is not None
-            acts.write(live.stop, kind, seed, now[2])
-            live.shadow.write(self.world, live.stop.value)
+        self.touch(live, kind, seed)
         self.then(live, then)
 
     @rule(who=acts.PICK, tokens=st.integers(0, 3))
@@ -103,9 +101,16 @@ class Sessions(Stage):
                 live.shadow.to_next(self.world)
             live.equal("what stop.step() gives", stop.step(tokens=tokens), live.run.stop)
 
-    @rule(who=acts.PICK, seeds=st.lists(acts.SEEDS, min_size=1, max_size=2), own=st.booleans(), then=acts.THEN)
-    def fork(self, who: int, seeds: list[int], own: bool, then: str) -> None:
+    @rule(
+        who=acts.PICK,
+        seeds=st.lists(acts.SEEDS, min_size=1, max_size=2),
+        own=st.booleans(),
+        touch=acts.TOUCH,
+        then=acts.THEN,
+    )
+    def fork(self, who: int, seeds: list[int], own: bool, touch: str | None, then: str) -> None:
         live = self.at_a_stop(who)
+        self.touch(live, touch)
         given = seeds if own else None
         if self.free < len(seeds) + (not live.session.resident):
             self.refused(lambda: live.stop.fork(len(seeds), given), live)
@@ -157,10 +162,12 @@ class Sessions(Stage):
         site=st.sampled_from((*acts.NAMES, *acts.NAMES, *acts.MORE)),
         edit=acts.edits(),
         again=st.sampled_from((False, False, True)),
+        touch=acts.TOUCH,
         then=acts.THEN,
     )
-    def steer(self, who: int, site: str, edit: dict[str, Any], again: bool, then: str) -> None:
+    def steer(self, who: int, site: str, edit: dict[str, Any], again: bool, touch: str | None, then: str) -> None:
         live = self.at_a_stop(who) if who % 2 or not self.lives else self.pick(who, anyone)
+        self.touch(live, touch)
         made = acts.make_edit(site, self.dj.sites.get(site).width, **edit)
         if site not in self.dj.compiled_sites:
             self.refused(lambda: live.session.steer(made), live, error=djinn.SiteNotCompiled)
@@ -199,7 +206,11 @@ class Sessions(Stage):
 
     # -- residence -----------------------------------------------------------------------------
 
-    @rule(who=acts.PICK, act=st.sampled_from(("open", "close", "offload", "offload", "add sites")), seed=acts.SEEDS)
+    @rule(
+        who=acts.PICK,
+        act=st.sampled_from(("open", "close", "offload", "offload", "add sites", "add sites")),
+        seed=acts.SEEDS,
+    )
     def house(self, who: int, act: str, seed: int) -> None:
         if act == "open" or not self.lives:
             self.open(seed)
@@ -208,7 +219,7 @@ class Sessions(Stage):
         if act == "add sites":
             with self.acting():
                 self.dj.add_sites(acts.MORE)
-            self.step(who, 0)
+            self.step(5 * (who // 5), 0)
         elif act == "offload":
             with self.acting(live):
                 live.session.offload()
@@ -216,11 +227,11 @@ class Sessions(Stage):
         else:
             self.close(live)
 
-    @some(anyone)
-    @precondition(lambda self: len(self.saved) < 2)
-    @rule(who=acts.PICK)
-    def checkpoint(self, who: int) -> None:
-        live = self.pick(who, anyone)
+    @precondition(lambda self: self.lives and len(self.saved) < 2)
+    @rule(who=acts.PICK, touch=acts.TOUCH)
+    def checkpoint(self, who: int, touch: str | None) -> None:
+        live = self.at_a_stop(who) if who % 3 else self.pick(who, anyone)
+        self.touch(live, touch)
         with self.acting(live):
             made = live.stop.checkpoint() if stopped(live) and who % 2 else live.session.checkpoint()
             self.saved = [*self.saved, (made, live.shadow.copy(), self.more)]
