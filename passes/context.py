@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import fx
@@ -13,6 +14,9 @@ from djinn_fx.specs import ProgramShape, Variant
 
 #: Turns a segment's graph into the callable that runs it.
 Lower = Callable[[fx.GraphModule], Callable[..., tuple[torch.Tensor, ...]]]
+
+#: Where a program is cut into segments.
+Cuts = Literal["sites", "layers", "none"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,8 @@ class PassContext:
         variant: which steering to compile in.
         rank: slots of the rank tables.
         lower: compiles one segment.
-        fused: one segment for the whole graph instead of one per site.
+        cuts: ``"sites"``: a segment ends at each site; ``"layers"``: at a place per layer where nothing is lost, and
+            nobody can stop (:mod:`djinn_fx.passes.joints`); ``"none"``: one segment.
     """
 
     kind: str
@@ -37,4 +42,4 @@ class PassContext:
     variant: Variant = "plain"
     rank: int = 0
     lower: Lower | None = None
-    fused: bool = False
+    cuts: Cuts = "sites"

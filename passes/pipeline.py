@@ -12,7 +12,7 @@ from torch import fx, nn
 from djinn_fx.errors import InvalidValue
 from djinn_fx.passes.annotate import annotate
 from djinn_fx.passes.capture import capture_module, capture_step
-from djinn_fx.passes.context import Lower, PassContext
+from djinn_fx.passes.context import Cuts, Lower, PassContext
 from djinn_fx.passes.graph import (
     CUT,
     ENV,
@@ -76,7 +76,7 @@ def build(
     lower: Lower = lower_eager,
     example_inputs: object = None,
     store: CaptureStore | None = None,
-    fused: bool = False,
+    cuts: Cuts = "sites",
 ) -> Program:
     """Make the program of one shape.
 
@@ -90,7 +90,7 @@ def build(
         lower: makes a segment's callable from its graph.
         example_inputs: for a plain module, other inputs than the source's.
         store: keeps the capture for the next build of this shape.
-        fused: one segment for the whole graph; the sites are steered and tapped but not cut at.
+        cuts: ``"sites"``, or elsewhere: the sites are then steered and tapped, but nobody can stop there.
 
     Raises:
         CaptureError: the model cannot be captured at this shape.
@@ -113,7 +113,7 @@ def build(
         variant=variant,
         rank=rank,
         lower=lower,
-        fused=fused,
+        cuts=cuts,
     )
     gm, records = run_passes(gm, _BUILD, ctx, captured.records)
     return _program(gm, ctx, records)

@@ -8,6 +8,7 @@ from torch import fx, nn
 
 from djinn_fx.passes.context import PassContext
 from djinn_fx.passes.graph import CUT, ENV, ORIGIN, compute_nodes, identifier, output_of
+from djinn_fx.passes.joints import joints
 from djinn_fx.program import LOGITS
 from djinn_fx.sites import Site
 
@@ -19,17 +20,18 @@ def split(gm: fx.GraphModule, ctx: PassContext) -> fx.GraphModule:
     """Cut behind every site; the result calls one submodule per segment, in the original order.
 
     A segment's call node carries its site (or None), the environment names it reads and makes. With
-    ``ctx.fused`` nothing is cut.
+    other ``ctx.cuts`` the segments end elsewhere, and none at a site.
     """
     name_values(gm, ctx)
     owner: dict[fx.Node, int] = {}
     sites: list[Site | None] = []
+    ends = joints(gm) if ctx.cuts == "layers" else set()
     current = 0
     for node in compute_nodes(gm):
         source = node.args[0] if node.target is operator.getitem else None
         owner[node] = owner[source] if isinstance(source, fx.Node) else current
-        if CUT in node.meta and not ctx.fused:
-            sites.append(node.meta[CUT])
+        if node in ends or (CUT in node.meta and ctx.cuts == "sites"):
+            sites.append(node.meta[CUT] if ctx.cuts == "sites" else None)
             current += 1
     if current in owner.values() or not sites:
         sites.append(None)

@@ -21,7 +21,7 @@ def test_any_cut_gives_the_bits_of_no_cut(name: str, request: pytest.FixtureRequ
     """A program cut at every site and the same graph in one segment agree bit for bit."""
     machine: Machine = request.getfixturevalue(name)
     steps = [(0, 0, [3, 4, 5, 6])]
-    cut, whole = machine.build((1, 4, 4), ALL), machine.build((1, 4, 4), ALL, fused=True)
+    cut, whole = machine.build((1, 4, 4), ALL), machine.build((1, 4, 4), ALL, cuts="none")
     assert len(whole.segments) == 1
     assert len(cut.segments) >= len(cut.sites)
     first = run(cut, machine.env(cut, steps))
