@@ -16,9 +16,8 @@ from djinn_fx.passes.reference import reference
 from djinn_fx.passes.source import prepare
 from djinn_fx.passes.support import check
 from djinn_fx.runtime.options import EngineOptions, Tokenizer
-from djinn_fx.runtime.receipt import make_receipt
 
-#: Most host memory that offloaded sessions may take.
+#: Most host memory that checkpoints in memory and offloaded sessions may take.
 PINNED_BYTES = 4 << 30
 
 #: Positions per session where the user does not say.
@@ -81,12 +80,12 @@ def compile(
         max_sessions: sessions whose KV fits on the device at a time.
         max_length: positions per session; never more than the model's own ``max_position_embeddings``.
         backend: ``"eager"`` runs the segments uncompiled; ``"inductor"`` compiles each structurally different segment
-            once; ``"auto"`` is ``"eager"`` until the compiled backend is complete.
+            once and, on CUDA, decodes through CUDA graphs; ``"auto"`` is ``"inductor"`` on CUDA, else ``"eager"``.
         prefill_chunk: prompt tokens per chunk.
         edit_rank: directions that one edit may have.
         batch_invariant: decode always in the program of ``max_sessions`` rows, so that a session's bits do not depend
             on who else is there.
-        pinned_bytes: most host memory that offloaded sessions may take.
+        pinned_bytes: most host memory that checkpoints in memory and offloaded sessions may take.
         verify: compare the captured model with the eager one before returning.
 
     Returns:
@@ -118,6 +117,8 @@ def compile(
                 stacklevel=2,
             )
         max_length = limit
+    if backend == "auto":
+        backend = "inductor" if source.device.type == "cuda" else "eager"
     options = EngineOptions(
         max_sessions=max_sessions,
         max_length=max_length,
@@ -127,11 +128,12 @@ def compile(
         eos=_eos_of(model),
         vocab_size=source.vocab_size or 0,
         pinned_bytes=pinned_bytes,
+        static=backend == "inductor",
     )
     chosen = ("resid_post",) if sites is None else (sites,) if isinstance(sites, str) else tuple(sites)
-    dj = Dj(model, source, options, chosen, tokenizer, "eager" if backend == "auto" else backend)
+    dj = Dj(model, source, options, chosen, tokenizer, backend)
     if verify:
-        dj.receipt = make_receipt(dj.engine, dj.observer, partial(reference, model))
+        dj.verify(partial(reference, model))
     return dj
 
 

@@ -7,9 +7,11 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from djinn_fx.cli_bench import bench
 from djinn_fx.errors import DjinnError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Breakpoints for compiled transformers.")
+app.add_typer(bench, name="bench")
 
 
 @app.callback()

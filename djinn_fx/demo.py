@@ -23,7 +23,7 @@ from rich.text import Text
 from djinn_fx import bundled, render
 from djinn_fx.api import compile as djinn_compile
 from djinn_fx.dj import Dj
-from djinn_fx.runtime.flight import same_bits
+from djinn_fx.runtime.bits import same_bits
 
 #: Contrasting prompts for a model from outside.
 GOOD = ("I love this film. It is", "What a wonderful day! I feel", "The food was delicious and the people")

@@ -9,14 +9,16 @@ from typing import Any
 
 from torch import nn
 
+from djinn_fx.kernels.backend import uses_triton
 from djinn_fx.looking import Looking
-from djinn_fx.passes.context import Lower
+from djinn_fx.passes.context import Cuts, Lower
 from djinn_fx.passes.inductor import InductorLowering
 from djinn_fx.passes.lower import lower_eager
 from djinn_fx.passes.pipeline import CaptureStore, build, discover
 from djinn_fx.passes.source import Source
 from djinn_fx.program import PassRecord, Program
 from djinn_fx.runtime import batch as batching
+from djinn_fx.runtime.agreement import Agreements
 from djinn_fx.runtime.arena import KVArena
 from djinn_fx.runtime.checkpoint import Checkpoint
 from djinn_fx.runtime.engine import Engine
@@ -25,7 +27,7 @@ from djinn_fx.runtime.guard import WeightGuard
 from djinn_fx.runtime.observe import Observer
 from djinn_fx.runtime.options import EngineOptions, Tokenizer
 from djinn_fx.runtime.programs import ProgramCache, bucket
-from djinn_fx.runtime.receipt import Receipt
+from djinn_fx.runtime.receipt import Receipt, ReferenceRun, make_receipt, with_agreements
 from djinn_fx.runtime.results import Result
 from djinn_fx.runtime.run import Run
 from djinn_fx.runtime.session import Session
@@ -39,7 +41,6 @@ class Dj(Looking):
 
     Attributes:
         engine: the machine behind it.
-        receipt: how exact it was measured to be; None with ``verify=False``.
     """
 
     def __init__(
@@ -52,12 +53,17 @@ class Dj(Looking):
         backend: str = "eager",
     ) -> None:
         lowering: Lower = InductorLowering() if backend == "inductor" else lower_eager
+        cuts: Cuts = "layers" if backend == "inductor" else "sites"
         store = CaptureStore()
         table = discover(source, store)
         arena = KVArena(source.kv, options.max_sessions, options.max_length, source.dtype, source.device)
-        programs = ProgramCache(partial(_build, source, store, options.edit_rank, arena, lowering))
+        programs = ProgramCache(partial(_build, source, store, options.edit_rank, arena, lowering, cuts))
+        if backend == "inductor":
+            programs.agreements = Agreements(
+                arena, source.dtype, source.device, options.edit_rank, source.vocab_size or 2
+            )
         guard = WeightGuard(model)
-        self.receipt: Receipt | None = None
+        self._receipt: Receipt | None = None
         self.engine = Engine(
             programs=programs,
             arena=arena,
@@ -70,7 +76,7 @@ class Dj(Looking):
             guard=guard.check,
             identity=Identity(guard.tensors, dict(source.config), source.model_type, {"backend": backend}),
         )
-        observing = ProgramCache(partial(_build, source, store, options.edit_rank, arena, lower_eager))
+        observing = ProgramCache(partial(_build, source, store, options.edit_rank, arena, lower_eager, "sites"))
         self.observer = Observer(
             observing,
             table,
@@ -190,6 +196,27 @@ class Dj(Looking):
             for count in rows:
                 engine.programs.get(ProgramShape(bucket(count), 1, 1), "plain", engine.sites)
             engine.programs.get(ProgramShape(1, chunk, 1), "plain", engine.sites)
+            engine.transfer.warm()
+            engine.described()
+
+    @property
+    def receipt(self) -> Receipt | None:
+        """How exact the compiled model was measured to be; None with ``verify=False``.
+
+        The variants of a program are compared when they are made, so the receipt grows; ``pending`` names what waits.
+        """
+        agreements = self.engine.programs.agreements
+        if self._receipt is None or agreements is None:
+            return self._receipt
+        return with_agreements(self._receipt, agreements)
+
+    def verify(self, reference: ReferenceRun) -> None:
+        """Measure the receipt against an eager run of the model.
+
+        Raises:
+            CaptureMismatch: the captured model differs from eager beyond tolerance; names the first diverging site.
+        """
+        self._receipt = make_receipt(self.engine, self.observer, reference)
 
     @property
     def sessions(self) -> tuple[Session, ...]:
@@ -210,7 +237,7 @@ class Dj(Looking):
     def program(self) -> Program:
         """The decode program of one row, armed."""
         with self.engine.lock:
-            return self.engine.programs.get(ProgramShape(1, 1, 1), "armed", self.engine.sites)
+            return self.observer.programs.get(ProgramShape(1, 1, 1), "armed", self.engine.sites)
 
     @property
     def passes(self) -> tuple[PassRecord, ...]:
@@ -218,7 +245,13 @@ class Dj(Looking):
         return self.program.records
 
     def memory(self) -> dict[str, int]:
-        """Bytes by component: ``weights``, ``kv``, ``host`` (offloaded sessions), ``sessions``."""
+        """Bytes by component.
+
+        Returns:
+            on the device ``weights``, ``kv`` (the arena), ``kv_used`` (of it, positions that hold something) and
+            ``staging`` (for copies to the host); on the host ``host`` (KV of offloaded sessions), ``pinned_used``
+            (that, and checkpoints in memory) and ``pinned_capacity`` (all slabs; ``pinned_bytes`` bounds it).
+        """
         engine = self.engine
         with engine.lock:
             per_position = engine.arena.bytes_per_position
@@ -226,7 +259,10 @@ class Dj(Looking):
                 "weights": sum(tensor.nbytes for tensor in engine.identity.weights.values()),
                 "kv": engine.arena.nbytes,
                 "kv_used": sum(per_position * session.extent for session in engine.sessions if session.resident),
-                "host": sum(sum(t.nbytes for t in session.host or ()) for session in engine.sessions),
+                "staging": engine.transfer.staging_bytes,
+                "host": sum(session.host.nbytes for session in engine.sessions if session.host is not None),
+                "pinned_used": engine.pool.used,
+                "pinned_capacity": engine.pool.capacity,
             }
 
     def explain(self) -> str:
@@ -267,10 +303,25 @@ def _build(
     rank: int,
     arena: KVArena,
     lowering: Lower,
+    decode_cuts: Cuts,
     shape: ProgramShape,
     variant: Variant,
     sites: Sequence[Site],
 ) -> Program:
     return build(
-        source, shape, sites=sites, variant=variant, rank=rank, arenas=arena.layers, lower=lowering, store=store
+        source,
+        shape,
+        sites=sites,
+        variant=variant,
+        rank=rank,
+        arenas=arena.layers,
+        lower=lowering,
+        store=store,
+        cuts=decode_cuts if shape.query == 1 else "sites",
+        grouped=decode_cuts == "layers" and shape.query == 1 and _has_own_products(source),
     )
+
+
+def _has_own_products(source: Source) -> bool:
+    """Whether our kernels serve the model's linear layers: 16-bit numbers on CUDA."""
+    return source.device.type == "cuda" and source.dtype.itemsize == 2 and uses_triton()

@@ -1,4 +1,4 @@
-"""The operators ``djinn::mark``, ``djinn::kv_write``, ``djinn::attention``; import registers them.
+"""The operators ``djinn::mark``, ``kv_write``, ``attention`` and ``linears``; import registers them.
 
 A captured graph holds these opaque operators. Which implementation answers is decided outside it,
 by the device of the tensors: :func:`operators` is the one table of who answers where.
@@ -9,7 +9,7 @@ import, under another name or by a reload, finds them in place and leaves them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -19,9 +19,10 @@ from torch import Tensor
 from djinn_fx.errors import InternalError
 from djinn_fx.kernels import attention as attention_torch
 from djinn_fx.kernels import kv as kv_torch
-from djinn_fx.kernels import triton_attention, triton_kv
+from djinn_fx.kernels import linear as linear_torch
+from djinn_fx.kernels import triton_attention, triton_kv, triton_linear
 from djinn_fx.kernels.backend import uses_triton
-from djinn_fx.kernels.signatures import ATTENTION, KV_WRITE, MARK, Attention, KvWrite, Mark
+from djinn_fx.kernels.signatures import ATTENTION, KV_WRITE, LINEARS, MARK, Attention, KvWrite, Linears, Mark
 
 NAMESPACE = "djinn"
 
@@ -54,12 +55,15 @@ def operators(*, triton: bool | None = None) -> tuple[Operator[Any], ...]:
     """
     write: dict[str, KvWrite] = {"cpu": kv_torch.kv_write, "cuda": kv_torch.kv_write}
     attend: dict[str, Attention] = {"cpu": attention_torch.attention, "cuda": attention_torch.attention}
+    multiply: dict[str, Linears] = {"cpu": linear_torch.linears, "cuda": linear_torch.linears}
     if uses_triton() if triton is None else triton:
         write["cuda"], attend["cuda"] = triton_kv.kv_write, triton_attention.attention
+        multiply["cuda"] = triton_linear.linears
     return (
         Operator[Mark]("mark", MARK, _fake_mark, {"default": _mark}),
         Operator[KvWrite]("kv_write", KV_WRITE, _fake_kv_write, write),
         Operator[Attention]("attention", ATTENTION, _fake_attention, attend),
+        Operator[Linears]("linears", LINEARS, _fake_linears, multiply),
     )
 
 
@@ -123,6 +127,22 @@ def _fake_attention(
             f"{tuple(k_arena.shape)} and {tuple(v_arena.shape)}."
         )
     return q.new_empty(batch, width, heads, value_depth)
+
+
+def _fake_linears(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], transposed: Sequence[bool]
+) -> list[Tensor]:
+    made = []
+    for weight, bias, layout in zip(weights, biases, transposed, strict=True):
+        depth, width = weight.shape if layout else (weight.shape[1], weight.shape[0])
+        fits = x.shape[-1] == depth and (bias is None or tuple(bias.shape) == (width,))
+        if not fits or weight.dtype != x.dtype:
+            raise InternalError(
+                f"djinn::linears: {x.dtype} {tuple(x.shape)} does not fit the weight of {weight.dtype} "
+                f"{tuple(weight.shape)}, transposed: {layout}."
+            )
+        made.append(x.new_empty(*x.shape[:-1], width))
+    return made
 
 
 register()

@@ -14,6 +14,7 @@ consecutive positions; the rest are pads with position 0. A row of length 0 is d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -28,6 +29,8 @@ ATTENTION = (
     "(Tensor q, Tensor k_arena, Tensor v_arena, Tensor rows, Tensor positions, Tensor lengths, "
     "int? window, float? softcap, Tensor? sinks, float scale) -> Tensor"
 )
+
+LINEARS = "(Tensor x, Tensor[] weights, Tensor?[] biases, bool[] transposed) -> Tensor[]"
 
 
 class Mark(Protocol):
@@ -103,4 +106,25 @@ class Attention(Protocol):
 
         Returns:
             ``[B, T, H, Dv]``, contiguous, in ``q``'s dtype; zeros at pads and in dead rows.
+        """
+
+
+class Linears(Protocol):
+    """The signature of ``djinn::linears``."""
+
+    def __call__(
+        self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], transposed: Sequence[bool]
+    ) -> list[Tensor]:
+        """Several linear layers of the same input, each weight read where it lies.
+
+        In bf16 and fp16 sums are fp32, the bias is added to them and the whole is rounded once.
+
+        Args:
+            x: ``[..., K]``.
+            weights: ``[N, K]`` each, as in ``nn.Linear``; ``[K, N]`` where ``transposed``.
+            biases: ``[N]`` or None for each weight.
+            transposed: for each weight.
+
+        Returns:
+            ``[..., N]`` for each weight, contiguous, in ``x``'s dtype.
         """

@@ -33,6 +33,7 @@ class PassContext:
         lower: compiles one segment.
         cuts: ``"sites"``: a segment ends at each site; ``"layers"``: at a place per layer where nothing is lost, and
             nobody can stop (:mod:`djinn_fx.passes.joints`); ``"none"``: one segment.
+        grouped: linear layers of one input become one call of our own kernels, in steps of few tokens.
     """
 
     kind: str
@@ -43,3 +44,4 @@ class PassContext:
     rank: int = 0
     lower: Lower | None = None
     cuts: Cuts = "sites"
+    grouped: bool = False

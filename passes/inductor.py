@@ -3,6 +3,8 @@
 Layers are equal graphs over different weights, so the number of compilations does not grow with depth. Casts between
 fused operations are kept (``emulate_precision_casts``): without that a fused bf16 chain would skip roundings that the
 same chain cut in two performs, and stopping would change bits.
+
+Inductor keeps what it compiled on disk itself (``TORCHINDUCTOR_CACHE_DIR``), by graph, options and versions.
 """
 
 from __future__ import annotations
@@ -28,17 +30,20 @@ class InductorLowering:
 
     Attributes:
         options: Inductor configuration patches beside :data:`EXACT`.
-        compiled: artifact by compile class; its length is the number of compilations made.
+        compiled: artifact by compile class.
+        compilations: how often Inductor was called.
     """
 
     options: Mapping[str, Any] = field(default_factory=dict)
     compiled: dict[str, Lowered] = field(default_factory=dict)
+    compilations: int = 0
 
     def __call__(self, graph: fx.GraphModule) -> Lowered:
         """The compiled form of a segment's graph: takes its inputs in order, returns a tuple."""
         key = compile_class(graph)
         if key not in self.compiled:
             self.compiled[key] = _compile(graph, {**EXACT, **self.options})
+            self.compilations += 1
         return self.compiled[key]
 
 

@@ -24,6 +24,7 @@ from djinn_fx.passes.graph import (
 )
 from djinn_fx.passes.head import head
 from djinn_fx.passes.lower import CLASS, RUN, lower, lower_eager
+from djinn_fx.passes.projections import projections
 from djinn_fx.passes.roles import assign_roles
 from djinn_fx.passes.runner import Stage, run_passes
 from djinn_fx.passes.source import Inputs, Source, flatten_inputs, normalise_inputs
@@ -77,6 +78,7 @@ def build(
     example_inputs: object = None,
     store: CaptureStore | None = None,
     cuts: Cuts = "sites",
+    grouped: bool = False,
 ) -> Program:
     """Make the program of one shape.
 
@@ -91,6 +93,7 @@ def build(
         example_inputs: for a plain module, other inputs than the source's.
         store: keeps the capture for the next build of this shape.
         cuts: ``"sites"``, or elsewhere: the sites are then steered and tapped, but nobody can stop there.
+        grouped: give linear layers to :func:`djinn_fx.passes.projections.projections`.
 
     Raises:
         CaptureError: the model cannot be captured at this shape.
@@ -114,8 +117,10 @@ def build(
         rank=rank,
         lower=lower,
         cuts=cuts,
+        grouped=grouped,
     )
-    gm, records = run_passes(gm, _BUILD, ctx, captured.records)
+    stages = [stage for stage in _BUILD if grouped or stage.name != "projections"]
+    gm, records = run_passes(gm, stages, ctx, captured.records)
     return _program(gm, ctx, records)
 
 
@@ -157,6 +162,7 @@ def _captured(
 
 _BUILD = (
     Stage("head", "headed", head),
+    Stage("projections", "headed", projections),
     Stage("steer", "steered", steer),
     Stage("split", "split", split),
     Stage("yields", "yielded", yields),

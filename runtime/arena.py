@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from djinn_fx.errors import CapacityError
+from djinn_fx.kernels.rows import Rows
 from djinn_fx.program import KVSpec, kv_name
 
 
@@ -28,7 +29,7 @@ class KVArena:
     def __init__(
         self, specs: Sequence[KVSpec], rows: int, positions: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.rows, self.positions = rows, positions
+        self.rows, self.positions, self.device = rows, positions, device
         shape = (rows + 1, positions + 1)
         with torch.inference_mode(False):  # tensors made in inference mode could not be written outside it
             self.layers = [
@@ -44,6 +45,9 @@ class KVArena:
             for layer, pair in enumerate(self.layers)
             for part, tensor in zip("kv", pair, strict=True)
         }
+        self.names = tuple(self.env)
+        self.packer = Rows(list(self.env.values()))
+        self._read: dict[int, torch.cuda.Event] = {}
 
     @property
     def free_rows(self) -> int:
@@ -78,26 +82,30 @@ class KVArena:
             )
         return [self._free.pop() for _ in range(count)]
 
+    def reading(self, row: int, until: torch.cuda.Event) -> None:
+        """Note that another stream reads a row until this event passes."""
+        self._read[row] = until
+
+    def settle(self, row: int) -> None:
+        """Before something of a row is overwritten: the current stream waits for whoever still reads it.
+
+        The host does not wait. Positions that a row does not have yet may be written without it.
+        """
+        event = self._read.pop(row, None)
+        if event is not None:
+            torch.cuda.current_stream(self.device).wait_event(event)
+
     def release(self, row: int) -> None:
         """Zero a row and give it back, so that nothing of its session stays behind."""
-        for key, value in self.layers:
-            key[row].zero_()
-            value[row].zero_()
+        self.settle(row)
+        self.packer.clear(row)
         self._free.append(row)
 
     def copy(self, source: int, targets: Sequence[int], length: int) -> None:
         """Copy positions ``[0, length)`` of row ``source`` to each target row, on the device."""
-        for key, value in self.layers:
-            for target in targets:
-                key[target, :, :length].copy_(key[source, :, :length])
-                value[target, :, :length].copy_(value[source, :, :length])
-
-    def read(self, row: int, length: int) -> list[torch.Tensor]:
-        """Host copies of positions ``[0, length)``: ``k, v`` of each layer, ``[heads, length, dim]``."""
-        return [t[row, :, :length].to("cpu", copy=True) for pair in self.layers for t in pair]
+        self.packer.copy(source, targets, length)
 
     def write(self, row: int, tensors: Sequence[torch.Tensor]) -> None:
-        """The inverse of :meth:`read`."""
-        flat = [tensor for pair in self.layers for tensor in pair]
-        for target, source in zip(flat, tensors, strict=True):
+        """Fill a row from host tensors ``[heads, length, dim]``, ``k, v`` of each layer."""
+        for target, source in zip(self.env.values(), tensors, strict=True):
             target[row, :, : source.shape[1]].copy_(source)

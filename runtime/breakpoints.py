@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from djinn_fx.errors import InvalidPredicate, InvalidValue
+from djinn_fx.runtime.launch import to_host
 from djinn_fx.runtime.steps import Step
 from djinn_fx.sites import Site, SiteTable, require_compiled
 from djinn_fx.specs import Breakpoint
@@ -30,13 +31,24 @@ class ArmedBreakpoint:
         if self.left is not None:
             self.left -= 1
 
-    def fired(self, site: Site, step: Step, value: torch.Tensor) -> tuple[int, ...]:
+    def asks(self, step: Step) -> bool:
+        """Whether its predicate has to look at the values of ``step``, a decode step."""
+        return (
+            self.spec.when is not None
+            and not getattr(self.spec.when, "reads_token", False)
+            and any(step.matching(self.spec.positions))
+        )
+
+    def fired(
+        self, site: Site, step: Step, value: Callable[[], torch.Tensor], answer: Answer | None = None
+    ) -> tuple[int, ...]:
         """Absolute positions of ``step`` at which it fires.
 
         Args:
             site: the site looked at.
             step: the step being run.
-            value: the site's value, ``[tokens, *feature_shape]``.
+            value: gives the site's value, ``[tokens, *feature_shape]``.
+            answer: what the predicate said of a decode step's one position, where it was asked ahead.
 
         Raises:
             InvalidPredicate: the predicate failed or did not return one bool per position.
@@ -45,16 +57,61 @@ class ArmedBreakpoint:
         tokens = step.tokens_of(site)
         rows = [index for index, token in enumerate(tokens) if matched[token]]
         if rows and self.spec.when is not None:
-            seen = value[rows]
-            if getattr(self.spec.when, "reads_token", False):
-                seen = torch.tensor([step.tokens[tokens[row]] for row in rows])
-            answers = evaluate(self.spec, seen)
+            if answer is not None:
+                answers = [answer.read()]
+            elif getattr(self.spec.when, "reads_token", False):
+                answers = evaluate(self.spec, torch.tensor([step.tokens[tokens[row]] for row in rows])).tolist()
+            else:
+                answers = evaluate(self.spec, value()[rows]).tolist()
             rows = [row for row, answer in zip(rows, answers, strict=True) if answer]
         return tuple(step.start + tokens[row] for row in rows)
 
 
-def evaluate(spec: Breakpoint, values: torch.Tensor) -> list[bool]:
-    """Evaluate a predicate on ``values`` ``[positions, ...]``, vectorised over positions.
+@dataclass(frozen=True)
+class Answer:
+    """What a predicate said at one place, on its way from the device.
+
+    Attributes:
+        host: bool ``[places]`` on the host, valid once it arrived.
+        index: which of them.
+        arrived: passes when they are there; None if they are.
+    """
+
+    host: torch.Tensor
+    index: int
+    arrived: torch.cuda.Event | None
+
+    def read(self) -> bool:
+        """The answer; waits for the device."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return bool(self.host[self.index])
+
+
+def ask(point: ArmedBreakpoint, sites: Sequence[Site], values: Sequence[torch.Tensor]) -> dict[str, Answer]:
+    """Evaluate a predicate on the one position of many sites without waiting for the device.
+
+    Args:
+        point: the breakpoint, which has a predicate.
+        sites: the sites to look at.
+        values: the value of each, ``[1, *feature_shape]``.
+
+    Raises:
+        InvalidPredicate: as :func:`evaluate`.
+    """
+    answers: dict[str, Answer] = {}
+    alike: dict[tuple[object, ...], list[int]] = {}
+    for index, value in enumerate(values):
+        alike.setdefault((value.shape, value.dtype), []).append(index)
+    for indices in alike.values():
+        said = evaluate(point.spec, torch.cat([values[index] for index in indices]))
+        host, arrived = to_host(said)
+        answers |= {sites[index].name: Answer(host, rank, arrived) for rank, index in enumerate(indices)}
+    return answers
+
+
+def evaluate(spec: Breakpoint, values: torch.Tensor) -> torch.Tensor:
+    """Evaluate a predicate on ``values`` ``[positions, ...]``, vectorised over positions: bool ``[positions]``.
 
     Raises:
         InvalidPredicate: it raised, or its result is not a 0-d bool tensor.
@@ -74,7 +131,7 @@ def evaluate(spec: Breakpoint, values: torch.Tensor) -> list[bool]:
             f"the predicate of break_at({spec.site!r}) must return a 0-d bool tensor for each "
             f"position; it returned dtype {answers.dtype} and shape {tuple(answers.shape[1:])}."
         )
-    return [bool(answer) for answer in answers.tolist()]
+    return answers
 
 
 def arm_breakpoints(

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
+import threading
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from djinn_fx.errors import CapacityError, CheckpointError, DjinnError, InvalidValue, SessionClosed
-from djinn_fx.runtime import moves
-from djinn_fx.runtime.breakpoints import ArmedBreakpoint, arm_breakpoints
+from djinn_fx.errors import CheckpointError, DjinnError, InvalidValue, SessionClosed
+from djinn_fx.runtime.breakpoints import arm_breakpoints
 from djinn_fx.runtime.checkpoint_file import read_file, write_file
 from djinn_fx.runtime.codec import Decoder, Encoder
 from djinn_fx.runtime.fingerprint import (
@@ -24,17 +25,70 @@ from djinn_fx.runtime.fingerprint import (
     model_differences,
     weight_differences,
 )
-from djinn_fx.runtime.flight import Flight, same_bits
-from djinn_fx.runtime.run import Run
-from djinn_fx.runtime.snapshot import SessionState, StopState, snapshot
-from djinn_fx.runtime.steps import Step
-from djinn_fx.sites import require_compiled
+from djinn_fx.runtime.pinned import HostPool
+from djinn_fx.runtime.restore import fill, require_fit
+from djinn_fx.runtime.snapshot import SessionState, Snapshot, snapshot
+from djinn_fx.runtime.transfer import Parked, Sent, fetch
+from djinn_fx.sites import SiteTable
 from djinn_fx.specs import Breakpoint
 
 if TYPE_CHECKING:
     from djinn_fx.runtime.engine import Engine
     from djinn_fx.runtime.plain import Plain, Predicate
     from djinn_fx.runtime.session import Session
+
+
+@dataclass(frozen=True, eq=False)
+class Contents:
+    """A checkpoint as plain data.
+
+    Attributes:
+        session: JSON-able.
+        tensors: on the CPU; from a file also the KV, under its arena names.
+        functions: users' predicates, which a file cannot hold.
+    """
+
+    session: Plain
+    tensors: Mapping[str, torch.Tensor]
+    functions: Mapping[str, Predicate]
+
+
+@dataclass(frozen=True, eq=False)
+class Pending:
+    """A checkpoint just taken: nobody has looked at it yet, and its copies may be under way.
+
+    Attributes:
+        taken: the session, but for its KV.
+        sent: the copies.
+        table: the sites that orders speak of.
+        pool: host memory for what is still on the device.
+    """
+
+    taken: Snapshot
+    sent: Sent
+    table: SiteTable
+    pool: HostPool
+
+    def contents(self) -> Contents:
+        """Wait for the copies and write everything down; what is still on the device is copied now."""
+        if self.sent.arrived is not None:
+            self.sent.arrived.synchronize()
+        encoder = Encoder({site.order: site.name for site in self.table.sites})
+        encoded = encoder.session(self.taken.settled(self.sent.extra))
+        return Contents(encoded, fetch(encoder.tensors, self.pool), encoder.functions)
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """KV that was sent: the first ``length`` positions of what is parked, under ``names``."""
+
+    parked: Parked
+    length: int
+    names: tuple[str, ...]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """By arena name, ``[heads, length, dim]``; views."""
+        return dict(zip(self.names, self.parked.tensors(self.length), strict=True))
 
 
 class Checkpoint:
@@ -46,34 +100,41 @@ class Checkpoint:
 
     def __init__(
         self,
-        document: Plain,
-        tensors: Mapping[str, torch.Tensor],
-        functions: Mapping[str, Predicate],
-        identity: Identity | None,
-        arrived: torch.cuda.Event | None,
+        origin: Mapping[str, Plain],
+        held: Pending | Contents,
+        kv: Kept | None = None,
+        identity: Identity | None = None,
     ) -> None:
         """Made by :func:`take_checkpoint` and :meth:`load`.
 
         Args:
-            document: JSON-able: ``model``, ``environment``, ``session`` and, from a file, ``weights``.
-            tensors: on the CPU; the KV under its arena names.
-            functions: users' predicates, which a file cannot hold.
+            origin: JSON-able: ``model``, ``environment`` and, from a file, ``weights``.
+            held: the session.
+            kv: its KV; None from a file, whose tensors hold it.
             identity: the model it was taken from; None from a file.
-            arrived: the copies' event, on CUDA.
         """
-        self._document, self._tensors, self._functions = document, tensors, functions
-        self._identity, self._arrived = identity, arrived
+        self._origin, self._held, self._kv, self._identity = origin, held, kv, identity
+        self._lock = threading.Lock()
+
+    def _contents(self) -> Contents:
+        with self._lock:
+            if isinstance(self._held, Pending):
+                self._held = self._held.contents()
+            return self._held
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its tensors in host memory."""
-        return sum(tensor.nbytes for tensor in self._tensors.values())
+        """Bytes of its tensors in host memory; waits as :meth:`wait`."""
+        kv = 0 if self._kv is None else self._kv.parked.nbytes
+        return kv + sum(tensor.nbytes for tensor in self._contents().tensors.values())
 
     def wait(self) -> Checkpoint:
-        """Wait until the copies from the device have arrived; returns the checkpoint itself."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-            self._arrived = None
+        """Wait until every byte of it is in host memory; returns the checkpoint itself.
+
+        KV and the stop's value are on their way from the start. What the session's history shares with the checkpoint
+        (edits, injected and captured values) is fetched now.
+        """
+        self._contents()
         return self
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -84,10 +145,10 @@ class Checkpoint:
         Raises:
             CheckpointError: the file could not be written; nothing changed under the name.
         """
-        self.wait()
-        return write_file(
-            path, {**self._document, "session": self._portable(), "weights": self._weights()}, self._tensors
-        )
+        contents = self._contents()
+        document = {**self._origin, "session": _portable(contents.session), "weights": self._weights()}
+        kv = {} if self._kv is None else self._kv.tensors()
+        return write_file(path, document, {**contents.tensors, **kv})
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Checkpoint:
@@ -97,7 +158,8 @@ class Checkpoint:
             CheckpointError: not readable, cut off, damaged, not a checkpoint, or of another format.
         """
         document, tensors = read_file(path)
-        return Checkpoint(document, tensors, {}, None, None)
+        session = document.pop("session", {})
+        return Checkpoint(document, Contents(session, tensors, {}))
 
     def restore_into(
         self, engine: Engine, *, breakpoints: Iterable[str | Breakpoint] = (), exact: bool = True
@@ -115,12 +177,12 @@ class Checkpoint:
             CapacityError: no row is free, or the session is longer than ``max_length``; nothing changed.
             InvalidPredicate, UnknownSite, SessionClosed, InvalidValue.
         """
-        self.wait()
         if engine.closed:
             raise SessionClosed("cannot restore: this compiled model was closed; compile it again.")
+        contents = self._contents()
         self._require_model(engine)
-        state = self._decode(engine)
-        _require_fit(engine, state)
+        state = _decode(contents, engine)
+        require_fit(engine, state)
         if exact:
             self._require_environment(engine)
         more = arm_breakpoints(breakpoints, engine.table, engine.sites, engine.dtype, engine.device)
@@ -129,57 +191,25 @@ class Checkpoint:
         with engine.lock:
             session = engine.open_session(state.seed)
             try:
-                engine.arena.write(session.row, [self._tensors[name] for name in engine.arena.env])
-                _fill(session, state, more, exact)
+                if self._kv is None:
+                    engine.arena.write(session.row, [contents.tensors[name] for name in engine.arena.env])
+                else:
+                    engine.transfer.receive(self._kv.parked, session.row)
+                fill(session, state, more, exact)
             except BaseException:
                 session.close()
                 raise
         return session
 
-    def _decode(self, engine: Engine) -> SessionState:
-        decoder = Decoder(
-            self._tensors,
-            self._functions,
-            engine.device,
-            orders=lambda name: engine.table.get(name).order,
-            fresh_key=engine.next_key,
-        )
-        try:
-            return decoder.session(self._document["session"])
-        except DjinnError:
-            raise
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-            raise CheckpointError(
-                f"this checkpoint holds no session that can be read ({type(error).__name__}: {error}). Take it again."
-            ) from error
-
-    def _portable(self) -> Plain:
-        """The session without what a file cannot hold."""
-        session: Plain = self._document["session"]
-        run = session["run"]
-        if run is None:
-            return session
-        kept = []
-        for point in run["breakpoints"]:
-            if "function" in (point["when"] or {}):
-                warnings.warn(
-                    f"the breakpoint at {point['site']!r} is not saved: its when= is a function of your own, which a "
-                    "file cannot hold. Give it again: dj.restore(path, breakpoints=[...]).",
-                    stacklevel=3,
-                )
-            else:
-                kept.append(point)
-        return {**session, "run": {**run, "breakpoints": kept}}
-
     def _weights(self) -> dict[str, str]:
         """The fingerprint of the weights it belongs to."""
         if self._identity is not None:
             return fingerprint(self._identity.weights)
-        saved: dict[str, str] = self._document["weights"]
+        saved: dict[str, str] = self._origin["weights"]
         return saved
 
     def _require_model(self, engine: Engine) -> None:
-        found = model_differences(self._document["model"], describe_model(engine))
+        found = model_differences(self._origin["model"], describe_model(engine))
         if not found and self._identity is not engine.identity:
             found = weight_differences(self._weights(), fingerprint(engine.identity.weights))
         if found:
@@ -189,7 +219,7 @@ class Checkpoint:
             )
 
     def _require_environment(self, engine: Engine) -> None:
-        found = environment_differences(self._document["environment"], describe_environment(engine))
+        found = environment_differences(self._origin["environment"], describe_environment(engine))
         if found:
             raise CheckpointError(
                 f"this checkpoint was taken in another environment: {'; '.join(found)}. The run would go on with other "
@@ -197,7 +227,7 @@ class Checkpoint:
             )
 
     def __repr__(self) -> str:
-        session = self._document["session"]
+        session = self._contents().session
         run = session["run"]
         stop = run and run["flight"] and run["flight"]["stop"]
         at = f", stopped at {stop['site']!r}" if stop else ""
@@ -207,94 +237,53 @@ class Checkpoint:
 def take_checkpoint(session: Session) -> Checkpoint:
     """A checkpoint of a session as it stands; the caller holds the engine's lock.
 
-    On CUDA the copies to pinned memory are only begun, in the order of the current stream.
+    On CUDA its copies are only begun, in the order of the current stream, and nothing is written down yet.
 
     Raises:
         SessionBusy: the session's run is being driven just now.
+        CapacityError: no host memory is left.
     """
     engine = session.engine
-    encoder = Encoder({site.order: site.name for site in engine.table.sites})
-    encoded = encoder.session(snapshot(session))
-    tensors = {name: _to_host(tensor) for name, tensor in encoder.tensors.items()} | _kv(session)
-    arrived = None
-    if engine.device.type == "cuda":
-        arrived = torch.cuda.Event()
-        arrived.record(torch.cuda.current_stream(engine.device))
-    document = {"model": describe_model(engine), "environment": describe_environment(engine), "session": encoded}
-    return Checkpoint(document, tensors, encoder.functions, engine.identity, arrived)
+    taken, values = snapshot(session)
+    row = session.row if session.host is None else None  # nothing writes into what was offloaded: it is shared
+    sent = engine.transfer.send(row, session.length, values)
+    parked = session.host or sent.parked
+    assert parked is not None
+    kept = Kept(parked, session.length, engine.arena.names)
+    return Checkpoint(engine.described(), Pending(taken, sent, engine.table, engine.pool), kept, engine.identity)
 
 
-def _kv(session: Session) -> dict[str, torch.Tensor]:
-    """Host copies of the committed KV by arena name, ``[heads, length, dim]``."""
-    arena, length = session.engine.arena, session.length
-    if session.host is not None:
-        # Nothing writes into what was offloaded, so it is shared.
-        found = [tensor[:, :length].contiguous() for tensor in session.host]
-    else:
-        rows = [tensor[session.row, :, :length] for pair in arena.layers for tensor in pair]
-        found = [_to_host(row) if row.is_cuda else row.clone(memory_format=torch.contiguous_format) for row in rows]
-    return dict(zip(arena.env, found, strict=True))
+def _portable(session: Plain) -> Plain:
+    """The session without what a file cannot hold."""
+    run = session["run"]
+    if run is None:
+        return session
+    kept = []
+    for point in run["breakpoints"]:
+        if "function" in (point["when"] or {}):
+            warnings.warn(
+                f"the breakpoint at {point['site']!r} is not saved: its when= is a function of your own, which a "
+                "file cannot hold. Give it again: dj.restore(path, breakpoints=[...]).",
+                stacklevel=3,
+            )
+        else:
+            kept.append(point)
+    return {**session, "run": {**run, "breakpoints": kept}}
 
 
-def _to_host(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself on the CPU, else a copy of it, begun, in pinned memory."""
-    if not tensor.is_cuda:
-        return tensor
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return host.copy_(tensor, non_blocking=True)
-
-
-def _require_fit(engine: Engine, state: SessionState) -> None:
-    """Raise unless the engine has the sites, the length and the ranks that a session needs."""
-    sites = sorted((engine.table.get(name) for name in state.sites()), key=lambda site: site.order)
-    for site in sites:
-        require_compiled(site, engine.compiled_names)
-    positions = len(state.tokens) - bool(state.sampled and state.sampled[-1])  # a last drawn token may wait outside
-    if positions > engine.options.max_length:
-        raise CapacityError(
-            f"the checkpoint holds {positions} positions, but this model was compiled with "
-            f"max_length={engine.options.max_length}. Compile with max_length={positions} or more."
-        )
-    ranks = [armed.rank.read.shape[0] for armed in state.edits() if armed.rank is not None]
-    if max(ranks, default=0) > engine.options.edit_rank:
-        raise CapacityError(
-            f"the checkpoint holds an edit of {max(ranks)} directions, but this model was compiled with "
-            f"edit_rank={engine.options.edit_rank}. Compile with edit_rank={max(ranks)} or more."
-        )
-
-
-def _fill(session: Session, state: SessionState, more: Sequence[ArmedBreakpoint], exact: bool) -> None:
-    """Give a fresh session, whose KV is in place, everything else."""
-    session.token_list, session.sampled = list(state.tokens), list(state.sampled)
-    session.length, session.last_logits = state.length, state.last_logits
-    session.steering, session.journal = state.steering, list(state.journal)
-    saved = state.run
-    if saved is None:
-        return
-    engine = session.engine
-    capture = [engine.table.get(name) for name in saved.capture]
-    run = Run(session, saved.options, saved.span, [*saved.breakpoints, *more], capture)
-    run.first_step, run.records = saved.first_step, list(saved.records)
-    run.finished, run.finish_reason = saved.finished, saved.finish_reason
-    run.stopped_early = saved.stopped_early
-    session.adopt(run)
-    if saved.flight is None:
-        return
-    if saved.flight.stop is None:
-        run.flight = Flight(saved.flight.step, saved.flight.passed)
-    else:
-        _stand(run, saved.flight.step, saved.flight.stop, exact)
-
-
-def _stand(run: Run, step: Step, saved: StopState, exact: bool) -> None:
-    """Run a step again up to the site where the run stood, and let it stand there."""
-    engine = run.session.engine
-    stop = moves.arrive(engine, run, step, engine.table.get(saved.site), saved.fired)
-    if saved.changed:
-        stop.value = saved.value
-    elif exact and not same_bits(stop.value, saved.value):
+def _decode(contents: Contents, engine: Engine) -> SessionState:
+    decoder = Decoder(
+        contents.tensors,
+        contents.functions,
+        engine.device,
+        orders=lambda name: engine.table.get(name).order,
+        fresh_key=engine.next_key,
+    )
+    try:
+        return decoder.session(contents.session)
+    except DjinnError:
+        raise
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise CheckpointError(
-            f"the step in which this checkpoint was taken gives other bits here at {saved.site!r}, although model and "
-            "environment are the same on paper. Were weights changed in place since? Pass exact=False to accept "
-            "other bits."
-        )
+            f"this checkpoint holds no session that can be read ({type(error).__name__}: {error}). Take it again."
+        ) from error

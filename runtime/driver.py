@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from djinn_fx.runtime import planner
-from djinn_fx.runtime.flight import Flight, same_bits
+from djinn_fx.runtime import cruise, planner
+from djinn_fx.runtime.bits import same_bits
+from djinn_fx.runtime.breakpoints import ask
+from djinn_fx.runtime.flight import Flight
 from djinn_fx.runtime.results import StepRecord
 from djinn_fx.runtime.run import Run
 from djinn_fx.runtime.sampling import sample
@@ -45,13 +47,23 @@ def iterate(engine: Engine, runs: Sequence[Run]) -> list[Stop]:
                     run.stop.checked_value()
                 engine.bring_back(run.session)
             for run in runs:
-                _settle(engine, run)
+                if run.flight is not None:
+                    _settle(engine, run, run.flight)
         for run in runs:
-            _draw_first(engine, run)
+            if run.flight is None and run.session.length == len(run.session.token_list):
+                _draw_first(engine, run)
         stops = {id(run): _seek(engine, run) for run in runs if run.flight is not None}
         moving = [run for run in runs if not run.finished and not stops.get(id(run))]
         with engine.lock:
-            _launch(engine, moving)
+            cruising = len(moving) == len(runs) and cruise.fits(engine, moving)
+        if cruising:
+            cruise.cruise(engine, moving)
+            return []
+        with engine.lock:
+            groups = _launch(engine, moving)
+        _ask(engine, groups)
+        with engine.lock:
+            _look_ahead(engine, moving, groups)
         for run in moving:
             stops[id(run)] = _seek(engine, run)
     return [stop for run in runs if (stop := stops.get(id(run))) is not None]
@@ -72,11 +84,8 @@ def _driving(engine: Engine, runs: Sequence[Run]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _settle(engine: Engine, run: Run) -> None:
+def _settle(engine: Engine, run: Run, flight: Flight) -> None:
     """Take over what the user changed while the run stood at a stop, and leave the stop."""
-    flight = run.flight
-    if flight is None:
-        return
     if run.stop is not None:
         take_over(engine, run)
     elif flight.step.steering[-1][1] is not run.session.steering:
@@ -105,8 +114,8 @@ def take_over(engine: Engine, run: Run) -> None:
 
 
 @torch.no_grad()
-def _launch(engine: Engine, runs: Sequence[Run]) -> None:
-    """Begin the next step of each run and execute what is to be decoded, batched."""
+def _launch(engine: Engine, runs: Sequence[Run]) -> list[list[Run]]:
+    """Begin the next step of each run and execute what is to be decoded, batched; returns the decode groups."""
     waiting = []
     for run in runs:
         if run.flight is None and planner.next_is_decode(run):
@@ -115,14 +124,44 @@ def _launch(engine: Engine, runs: Sequence[Run]) -> None:
             run.flight = Flight(planner.next_chunk(run, engine.options))
         elif run.flight.step.decodes and run.flight.values is None:
             waiting.append(run)
-    for group in planner.decode_groups(waiting, engine.options):
-        batch = [BatchRow(run.session.row, planner.flight_of(run).step) for run in group]
-        for run, values in zip(group, engine.executor.decode(batch), strict=True):
-            planner.flight_of(run).values = values
+    executor = engine.executor
+    groups = list(planner.decode_groups(waiting, engine.options))
+    for group in groups:
+        batch = [planner.batch_row(run) for run in group]
+        for run, values in zip(group, executor.decode(batch), strict=True):
+            launched = planner.flight_of(run)
+            launched.values, launched.answers = values, {}
     for run in runs:
         flight = run.flight
         if flight is not None and not flight.step.decodes and flight.chunk is None:
-            flight.chunk = engine.executor.begin(BatchRow(run.session.row, flight.step))
+            flight.chunk = executor.begin(BatchRow(run.session.row, flight.step))
+    return groups
+
+
+def _ask(engine: Engine, groups: Sequence[Sequence[Run]]) -> None:
+    """Ask the predicates of decode steps that the device is still busy with, so that nobody waits once more for them.
+
+    The caller holds no lock: predicates are the user's code.
+    """
+    if engine.executor.loop is None:
+        return
+    for run in [run for group in groups for run in group if run.breakpoints and not run.silent]:
+        flight = planner.flight_of(run)
+        sites = planner.watched(run, flight, engine.sites) if flight.values is not None and run.target is None else []
+        for point in run.breakpoints:
+            chosen = [site for site in sites if point.watches(site)] if point.asks(flight.step) else []
+            if chosen and all(flight.values is not None and flight.values.has(site) for site in chosen):
+                said = ask(point, chosen, [flight.value(site) for site in chosen])
+                flight.answers |= {(id(point), name): answer for name, answer in said.items()}
+
+
+def _look_ahead(engine: Engine, moving: Sequence[Run], groups: Sequence[Sequence[Run]]) -> None:
+    """Launch the next decode step before this one's tokens are known, where it is known what it will be."""
+    executor = engine.executor
+    if executor.loop is None or len(groups) != 1:
+        return
+    joining = sum(1 for run in moving if run not in groups[0] and planner.joins(run))
+    executor.loop.look_ahead(planner.following(groups[0], joining, engine.options, engine.sites))
 
 
 def _seek(engine: Engine, run: Run) -> Stop | None:
@@ -154,7 +193,7 @@ def execute(engine: Engine, session: Session, step: Step, until: Site | None) ->
     """
     flight, row = Flight(step), BatchRow(session.row, step)
     if step.decodes:
-        flight.values = engine.executor.decode([row])[0]
+        flight.values = engine.executor.decode_one(row)
     else:
         flight.chunk = engine.executor.begin(row)
         engine.executor.advance(flight.chunk, None if until is None else until.name)
@@ -208,38 +247,49 @@ def deliver(engine: Engine, run: Run, site: Site, fired: Sequence[int]) -> Stop:
     return stop
 
 
-@torch.no_grad()
 def _commit(engine: Engine, run: Run, flight: Flight) -> int | None:
     """Make the step in the air part of the session's history; returns a newly drawn token."""
     with engine.lock:
         session, options = run.session, run.options
-        record = StepRecord(flight.step.start)
-        for site in run.capture:
-            record.captured[site.name] = flight.value(site).clone()
+        ends = flight.step.stop == len(session.token_list)
+        known = flight.token if ends and options.kind == "generate" and not options.sampling.do_sample else None
+        record = _recorded(run, flight, ends=ends)
         session.journal.append(flight.step)
         session.length = flight.step.stop
-        run.flight = None
-        session.last_logits = flight.logits()[-1].clone() if options.kind == "forward" else None
-        token = None
-        ends = session.length == len(session.token_list)
-        if options.kind == "forward":
-            skip = max(0, run.prompt_start - flight.step.start)
-            record.logits = flight.logits()[skip:].clone()
-        elif ends:
-            if options.output_logits:
-                record.logits = flight.logits()[-1:].clone()
-            token = _draw(engine, run, flight.logits()[-1:])
+        run.flight, session.last_logits = None, None
         run.records.append(record)
+        token = None
+        if options.kind == "forward":
+            session.last_logits = flight.logits()[-1].clone()
+        elif ends:
+            token = _draw(engine, run, flight.logits()[-1:]) if known is None else _append(run, known)
         if ends:
             planner.conclude(run, token, engine.options)
         return token
 
 
+def _recorded(run: Run, flight: Flight, *, ends: bool) -> StepRecord:
+    """What a step gave its run."""
+    record = StepRecord(flight.step.start)
+    for site in run.capture:
+        record.captured[site.name] = flight.value(site).clone()
+    if run.options.kind == "forward":
+        skip = max(0, run.prompt_start - flight.step.start)
+        record.logits = flight.logits()[skip:].clone()
+    elif ends and run.options.output_logits:
+        record.logits = flight.logits()[-1:].clone()
+    return record
+
+
+@torch.no_grad()
 def _draw(engine: Engine, run: Run, logits: torch.Tensor) -> int:
     session = run.session
     seeds = torch.tensor([session.seed], dtype=torch.int64)
     place = torch.tensor([session.length], dtype=torch.int64)
-    token = int(sample(logits, run.options.sampling, seeds, place))
-    session.token_list.append(token)
-    session.sampled.append(True)
+    return _append(run, int(sample(logits, run.options.sampling, seeds, place)))
+
+
+def _append(run: Run, token: int) -> int:
+    run.session.token_list.append(token)
+    run.session.sampled.append(True)
     return token

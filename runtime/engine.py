@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,10 +13,15 @@ from djinn_fx.runtime import driver, moves, planner
 from djinn_fx.runtime.arena import KVArena
 from djinn_fx.runtime.breakpoints import arm_breakpoints
 from djinn_fx.runtime.executor import Executor
-from djinn_fx.runtime.fingerprint import Identity
+from djinn_fx.runtime.fingerprint import Identity, describe_environment, describe_model
 from djinn_fx.runtime.inputs import one_prompt
+from djinn_fx.runtime.lanes import Lanes
+from djinn_fx.runtime.lock import EngineLock
+from djinn_fx.runtime.loop import DecodeLoop
 from djinn_fx.runtime.options import EngineOptions, Tokenizer
-from djinn_fx.runtime.programs import ProgramCache
+from djinn_fx.runtime.pinned import HostPool
+from djinn_fx.runtime.plain import Plain
+from djinn_fx.runtime.programs import ProgramCache, bucket
 from djinn_fx.runtime.results import Result
 from djinn_fx.runtime.run import Run, RunOptions
 from djinn_fx.runtime.sampling import checked_seed
@@ -25,6 +29,7 @@ from djinn_fx.runtime.session import Session
 from djinn_fx.runtime.steering import Armed
 from djinn_fx.runtime.stop import Stop
 from djinn_fx.runtime.tables import BatchRow
+from djinn_fx.runtime.transfer import Transfer
 from djinn_fx.sites import Site, SiteTable
 from djinn_fx.specs import Breakpoint
 
@@ -44,6 +49,8 @@ class Engine:
         identity: what makes this model itself, for checkpoints.
         guard: raises if the model's weights were moved or replaced.
         tokenizer: for prompts given as text; or None.
+        pool: host memory for checkpoints and offloaded sessions.
+        transfer: what moves KV there and back.
     """
 
     programs: ProgramCache
@@ -56,10 +63,21 @@ class Engine:
     identity: Identity
     guard: Callable[[], None]
     tokenizer: Tokenizer | None = None
-    lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
+    lock: EngineLock = field(init=False, repr=False)
     sessions: list[Session] = field(default_factory=list, repr=False)
     closed: bool = False
+    pool: HostPool = field(init=False, repr=False)
+    transfer: Transfer = field(init=False, repr=False)
     _keys: Iterator[int] = field(default_factory=itertools.count, repr=False)
+    _loop: DecodeLoop | None = field(init=False, default=None, repr=False)
+    _described: tuple[tuple[object, ...], tuple[object, ...], Mapping[str, Plain]] | None = field(
+        init=False, default=None, repr=False
+    )
+
+    def __post_init__(self) -> None:
+        self.lock = EngineLock(self.device)
+        self.pool = HostPool(self.options.pinned_bytes, pinned=self.device.type == "cuda")
+        self.transfer = Transfer(self.arena, self.pool)
 
     @property
     def compiled_names(self) -> tuple[str, ...]:
@@ -69,7 +87,43 @@ class Engine:
     @property
     def executor(self) -> Executor:
         """An executor for the sites compiled now."""
-        return Executor(self.programs, self.arena, self.sites, self.dtype, self.device, self.options.edit_rank)
+        rank, loop = self.options.edit_rank, self.loop_for(self.sites)
+        return Executor(self.programs, self.arena, self.sites, self.dtype, self.device, rank, loop)
+
+    def _current_loop(self) -> DecodeLoop:
+        """The decode loop of the sites compiled now."""
+        loop = self._loop
+        if loop is None or loop.sites != self.sites:
+            if loop is not None:
+                loop.retire()
+            self._loop = loop = self._make_loop(self.sites)
+        return loop
+
+    def loop_for(self, sites: tuple[Site, ...]) -> DecodeLoop | None:
+        """A decode loop for some sites: the engine's own if they are the compiled ones; None for eager steps."""
+        if not self.options.static:
+            return None
+        return self._current_loop() if sites == self.sites else self._make_loop(sites)
+
+    def _make_loop(self, sites: tuple[Site, ...]) -> DecodeLoop:
+        count = max(bucket(self.options.max_sessions), 2)
+        rank, spare = self.options.edit_rank, self.arena.spare_row
+        lanes = Lanes(sites, count, self.dtype, self.device, rank, spare)
+        return DecodeLoop(self.programs, self.arena, lanes)
+
+    def described(self) -> Mapping[str, Plain]:
+        """``model`` and ``environment`` as they are now, for a checkpoint; made anew only if something changed."""
+        parts = (self.sites, self.options, self.identity)
+        rest = (
+            torch.get_float32_matmul_precision(),
+            torch.get_num_threads(),
+            tuple(self.identity.build.items()),
+        )
+        known = self._described
+        if known is None or known[1] != rest or any(a is not b for a, b in zip(known[0], parts, strict=True)):
+            found = {"model": describe_model(self), "environment": describe_environment(self)}
+            self._described = known = (parts, rest, found)
+        return known[2]
 
     def next_key(self) -> int:
         """A fresh identity for a steering handle."""
@@ -98,34 +152,29 @@ class Engine:
         self.sessions.remove(session)
 
     def offload(self, session: Session) -> None:
-        """Move a session's KV to the host and free its row.
+        """Move a session's KV to the host and free its row; on CUDA both are only begun.
 
         Raises:
-            CapacityError: it would take more host memory than ``pinned_bytes``; the session stays where it is.
+            CapacityError: no host memory is left; the session stays where it is.
         """
-        if not session.resident:
-            return
-        taken = sum(tensor.nbytes for other in self.sessions for tensor in other.host or ())
-        needed = self.arena.bytes_per_position * session.extent
-        if taken + needed > self.options.pinned_bytes:
-            raise CapacityError(
-                f"offloading this session needs {needed} bytes of host memory, and {taken} of the "
-                f"pinned_bytes={self.options.pinned_bytes} are taken. Close an offloaded session, or compile with a "
-                "larger pinned_bytes."
-            )
-        session.host = self.arena.read(session.row, session.extent)
-        self.arena.release(session.row)
+        if session.resident:
+            session.host = self.transfer.send(session.row, session.extent).parked
+            self.arena.release(session.row)
 
     def bring_back(self, session: Session) -> None:
-        """Give an offloaded session a row again and its KV back.
+        """Give an offloaded session a row again and its KV back; on CUDA that is only begun.
 
         Raises:
-            CapacityError: no row is free.
+            CapacityError: no row is free, or no device memory; the session stays where it is.
         """
         if session.host is not None:
-            session.row = self.arena.take()[0]
-            self.arena.write(session.row, session.host)
-            session.host = None
+            row = self.arena.take()[0]
+            try:
+                self.transfer.receive(session.host, row)
+            except BaseException:
+                self.arena.release(row)
+                raise
+            session.row, session.host = row, None
             flight = None if session.run is None else session.run.flight
             if flight is not None and flight.chunk is not None:
                 self.executor.refresh(flight.chunk, BatchRow(session.row, flight.step))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -11,6 +12,7 @@ from djinn_fx.errors import InternalError
 from djinn_fx.program import LOGITS, Program
 from djinn_fx.runtime.arena import KVArena
 from djinn_fx.runtime.programs import ProgramCache
+from djinn_fx.runtime.segments import Env, run_segments
 from djinn_fx.runtime.steps import Step
 from djinn_fx.runtime.tables import (
     BatchRow,
@@ -21,27 +23,44 @@ from djinn_fx.runtime.tables import (
 )
 from djinn_fx.sites import Site
 
-Env = dict[str, torch.Tensor]
+if TYPE_CHECKING:
+    from djinn_fx.runtime.loop import DecodeLoop
 
 
-def run_segments(program: Program, env: Env, first: int, last: int) -> None:
-    """Run segments ``first`` to ``last`` (inclusive) over ``env``, in place.
+class RowValues(Protocol):
+    """What an executed decode step left behind for one row."""
 
-    Weights are read from the program, so that ``env`` holds activations and inputs only.
-    """
-    for segment in program.segments[first : last + 1]:
-        arguments = [env[n] if n in env else program.weights[n] for n in segment.inputs]
-        results = segment.run(*arguments)
-        env.update(zip(segment.outputs, results, strict=True))
+    @property
+    def step(self) -> Step:
+        """The step."""
+
+    @property
+    def token(self) -> int | None:
+        """The most likely next token, if the step found it already; waits for the device."""
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """Logits of the kept positions, ``[kept, vocab]``, a view."""
+
+    def has(self, site: Site) -> bool:
+        """Whether the value of ``site`` can be read."""
+
+    def value(self, site: Site) -> torch.Tensor:
+        """Value of ``site``, ``[tokens, *feature_shape]``; a view, copy before handing it out."""
 
 
 @dataclass
 class StepValues:
-    """What an executed step left behind for one row: site values and logits, views of its batch."""
+    """What an executed step left behind for one row, as views of its batch's environment."""
 
     step: Step
     row: int
     env: Mapping[str, torch.Tensor]
+
+    @property
+    def token(self) -> int | None:
+        """Not known: whoever needs it draws it from the logits."""
+        return None
 
     def has(self, site: Site) -> bool:
         """Whether the value of ``site`` was kept."""
@@ -84,6 +103,7 @@ class Executor:
         dtype: the model's dtype.
         device: the model's device.
         rank: directions an edit may have.
+        loop: runs decode steps over static buffers; None: each step is run by itself.
     """
 
     programs: ProgramCache
@@ -92,11 +112,16 @@ class Executor:
     dtype: torch.dtype
     device: torch.device
     rank: int
-    _orders: dict[str, int] = field(init=False, repr=False, default_factory=dict)
+    loop: DecodeLoop | None = None
 
     @torch.no_grad()
-    def decode(self, batch: Sequence[BatchRow]) -> list[StepValues]:
-        """Run one decode step of every row, all in the shape of the first row's step."""
+    def decode(self, batch: Sequence[BatchRow]) -> Sequence[RowValues | None]:
+        """Run one decode step of every row, all in the shape of the first row's step.
+
+        None for a row that a decode loop runs later; see :meth:`djinn_fx.runtime.loop.DecodeLoop.decode`.
+        """
+        if self.loop is not None:
+            return self.loop.decode(batch)
         shape = batch[0].step.shape
         if any(row.step.shape != shape for row in batch) or len(batch) > shape.rows:
             raise InternalError("a decode batch mixes program shapes")
@@ -104,6 +129,15 @@ class Executor:
         run_segments(program, env, 0, len(program.segments) - 1)
         kept = {site.name: env[site.name] for site in self.sites} | {LOGITS: env[LOGITS]}
         return [StepValues(row.step, index, kept) for index, row in enumerate(batch)]
+
+    def decode_one(self, row: BatchRow) -> RowValues:
+        """Run one decode step of one row, now."""
+        if self.loop is not None:
+            self.loop.drop()
+        (values,) = self.decode([row])
+        if values is None:
+            raise InternalError("a step that was asked for now was put off")
+        return values
 
     @torch.no_grad()
     def begin(self, row: BatchRow) -> Chunk:
@@ -141,5 +175,5 @@ class Executor:
         shape = batch[0].step.shape
         program = self.programs.get(shape, variant, sites)
         env = step_inputs(batch, shape, self.arena.spare_row, self.device)
-        env |= steering_inputs(batch, shape, variant, sites, self.dtype, self.device, self.rank)
+        env |= steering_inputs(batch, shape, program.variant, sites, self.dtype, self.device, self.rank)
         return env | self.arena.env, program

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from djinn_fx.errors import InternalError
-from djinn_fx.runtime.executor import Chunk, StepValues
+from djinn_fx.runtime.breakpoints import Answer
+from djinn_fx.runtime.executor import Chunk, RowValues, StepValues
 from djinn_fx.runtime.steps import Step
 from djinn_fx.runtime.tables import acting, site_row
 from djinn_fx.sites import Site
@@ -26,12 +27,14 @@ class Flight:
         passed: order of the last site that was delivered or passed; -1 at the start.
         values: a decode step's values, once executed.
         chunk: a prompt chunk's execution, once begun.
+        answers: what predicates said of a decode step's values, by breakpoint and site.
     """
 
     step: Step
     passed: int = -1
-    values: StepValues | None = None
+    values: RowValues | None = None
     chunk: Chunk | None = None
+    answers: dict[tuple[int, str], Answer] = field(default_factory=dict)
 
     def sites(self, compiled: tuple[Site, ...]) -> tuple[Site, ...]:
         """The sites at which this step can stop: a chunk keeps those it began with."""
@@ -53,6 +56,11 @@ class Flight:
             raise InternalError("logits were asked for before their step ran")
         return self.values.logits
 
+    @property
+    def token(self) -> int | None:
+        """The most likely next token, if the step found it already."""
+        return None if self.values is None else self.values.token
+
     def replace(self, site: Site, value: torch.Tensor) -> None:
         """Put the user's value in the place of a site's value; what follows is computed from it."""
         self.step = self.step.edited(site.name, value.clone())
@@ -73,18 +81,3 @@ class Flight:
         later = [site for site in sites if site.order > reached]
         if any(acting(before, site) is not acting(self.step, site) for site in later):
             self.values = None
-
-
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors of one shape and dtype are equal bit for bit, NaN and -0.0 included."""
-    return torch.equal(bits(a), bits(b))
-
-
-def bits(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor's bits as integers of the same width."""
-    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
-    if tensor.dtype == torch.bool:
-        return tensor.to(torch.uint8)
-    return tensor.contiguous().view(kinds[tensor.element_size()])

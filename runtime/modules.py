@@ -9,8 +9,8 @@ import torch
 
 from djinn_fx.errors import InvalidPredicate, InvalidValue, StaleStop
 from djinn_fx.program import Program
-from djinn_fx.runtime.executor import Env, run_segments
-from djinn_fx.runtime.flight import same_bits
+from djinn_fx.runtime.bits import same_bits
+from djinn_fx.runtime.segments import Env, run_segments
 from djinn_fx.sites import Site, SiteTable, require_compiled
 from djinn_fx.specs import Breakpoint
 

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from djinn_fx.runtime.bits import same_bits
 from djinn_fx.runtime.driver import deliver, execute, take_over
 from djinn_fx.runtime.executor import Chunk
-from djinn_fx.runtime.flight import Flight, same_bits
+from djinn_fx.runtime.flight import Flight
 from djinn_fx.runtime.planner import flight_of
 from djinn_fx.runtime.run import Run
 from djinn_fx.runtime.session import Session, recomputed
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 def arrive(engine: Engine, run: Run, step: Step, site: Site, fired: Sequence[int] = ()) -> Stop:
     """Put a run into the middle of ``step``, stopped after ``site``; ``fired`` as in :attr:`Stop.fired`."""
     engine.bring_back(run.session)
+    engine.arena.settle(run.session.row)  # the step may lie in what a checkpoint is still reading
     run.flight = execute(engine, run.session, step, site)
     return deliver(engine, run, site, fired)
 
@@ -95,6 +97,7 @@ def recompute(engine: Engine, session: Session, armed: Armed) -> None:
     the same place afterwards; a value the user changed there stays changed.
     """
     engine.bring_back(session)
+    engine.arena.settle(session.row)
     session.journal, session.last_logits = recomputed(session.journal, armed), None
     run = session.run
     for index, step in enumerate(session.journal):

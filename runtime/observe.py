@@ -15,9 +15,9 @@ import torch
 from djinn_fx.errors import CapacityError, InvalidValue
 from djinn_fx.program import LOGITS, KVSpec
 from djinn_fx.runtime.arena import KVArena
-from djinn_fx.runtime.executor import Env, run_segments
 from djinn_fx.runtime.inputs import PromptBatch
 from djinn_fx.runtime.programs import SMALLEST_CHUNK, ProgramCache, bucket
+from djinn_fx.runtime.segments import Env, run_segments
 from djinn_fx.runtime.steps import Step
 from djinn_fx.runtime.tables import BatchRow, step_inputs
 from djinn_fx.sites import Site, SiteTable

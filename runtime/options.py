@@ -29,6 +29,7 @@ class EngineOptions:
         eos: tokens that end generation.
         vocab_size: tokens are below this.
         max_bucket: rows of the largest decode program.
+        static: decode through programs over static buffers, on CUDA as CUDA graphs.
         pinned_bytes: most host memory that offloaded sessions may take.
     """
 
@@ -41,3 +42,4 @@ class EngineOptions:
     vocab_size: int = 0
     max_bucket: int = 64
     pinned_bytes: int = 4 << 30
+    static: bool = False

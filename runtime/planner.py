@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from djinn_fx.errors import InternalError, InvalidValue
 from djinn_fx.runtime.flight import Flight
 from djinn_fx.runtime.programs import SMALLEST_CHUNK, bucket
-from djinn_fx.runtime.steps import Step
+from djinn_fx.runtime.steps import UNKNOWN, Step
+from djinn_fx.runtime.tables import BatchRow, Wants
 from djinn_fx.sites import Site, SiteTable, require_compiled
 from djinn_fx.specs import ProgramShape
 
@@ -79,11 +81,10 @@ def decode_groups(runs: Sequence[Run], options: EngineOptions) -> Iterator[list[
     """
     redone = [run for run in runs if run.flight is not None]
     fresh = [run for run in runs if run.flight is None]
-    invariant = bucket(options.max_sessions)
-    natural = invariant if options.batch_invariant else min(bucket(len(runs)), options.max_bucket)
+    shape = decode_shape(len(runs), options)
     for run in fresh:
         length = run.session.length
-        run.flight = Flight(make_step(run, length, length + 1, ProgramShape(natural, 1, 1)))
+        run.flight = Flight(make_step(run, length, length + 1, shape))
     by_rows: dict[int, list[Run]] = {}
     for run in [*redone, *fresh]:
         by_rows.setdefault(flight_of(run).step.shape.rows, []).append(run)
@@ -92,16 +93,96 @@ def decode_groups(runs: Sequence[Run], options: EngineOptions) -> Iterator[list[
             yield group[first : first + rows]
 
 
+def decode_shape(count: int, options: EngineOptions) -> ProgramShape:
+    """The program in which ``count`` runs take a fresh step together."""
+    invariant = bucket(options.max_sessions)
+    return ProgramShape(invariant if options.batch_invariant else min(bucket(count), options.max_bucket), 1, 1)
+
+
+def wants(run: Run) -> Wants:
+    """What may be asked of the step that a run decodes, once it ran."""
+    watching = not run.silent and any(point.left != 0 for point in run.breakpoints)
+    if run.capture or run.target is not None or watching:
+        return "taps"
+    return "logits" if run.options.output_logits or run.options.sampling.do_sample else "token"
+
+
+def batch_row(run: Run) -> BatchRow:
+    """The step in the air of a run, as a row of a decode batch."""
+    return BatchRow(run.session.row, flight_of(run).step, wants(run))
+
+
+def following(runs: Sequence[Run], joining: int, options: EngineOptions, sites: Sequence[Site]) -> list[BatchRow]:
+    """What may be decoded next, before it is known what the steps in the air came to.
+
+    Args:
+        runs: the runs that decode: with values their step is launched, without it still has to be.
+        joining: further runs that will decode in the next step.
+        options: the engine's options.
+        sites: the compiled sites.
+
+    Returns:
+        a row for each run that will go on for sure (it may turn out to stop all the same), and for each one without
+        values; nothing where the next step will have another shape.
+    """
+    going = [run for run in runs if flight_of(run).values is None or not _ends(run, options)]
+    shape = decode_shape(len(going) + joining, options)
+    rows: list[BatchRow] = []
+    for run in going:
+        step = flight_of(run).step
+        if flight_of(run).values is not None:
+            if run.options.sampling.do_sample or _stops(run, sites):
+                continue
+            step = _next_step(run, step, shape)
+        if step.shape != shape:
+            return []
+        rows.append(BatchRow(run.session.row, step, wants(run)))
+    return rows
+
+
+def joins(run: Run) -> bool:
+    """Whether a run that computes a prompt chunk will decode next, if nothing stops it."""
+    flight = run.flight
+    last = flight is not None and flight.step.stop == len(run.session.token_list)
+    return last and run.options.kind == "generate" and run.options.max_new_tokens > 1
+
+
+def left(run: Run, options: EngineOptions) -> int:
+    """How many tokens a run draws at most from here on."""
+    return min(run.options.max_new_tokens - run.generated, options.max_length - run.session.length)
+
+
+def _ends(run: Run, options: EngineOptions) -> bool:
+    """Whether the token of the step in the air is the run's last one, whatever it is."""
+    return left(run, options) <= 1
+
+
+def _stops(run: Run, sites: Sequence[Site]) -> bool:
+    """Whether a run stops in the step in the air for sure."""
+    flight = flight_of(run)
+    if run.target is not None:
+        return bool(watched(run, flight, sites))
+    if run.silent or not run.breakpoints:
+        return False
+    sure = [p for p in run.breakpoints if p.spec.when is None and any(flight.step.matching(p.spec.positions))]
+    return any(point.watches(site) for point in sure for site in sites if site.order > flight.passed)
+
+
+def _next_step(run: Run, step: Step, shape: ProgramShape) -> Step:
+    """The decode step after ``step``, its token unknown."""
+    return Step(step.stop, (UNKNOWN,), (True,), step.last_prompt, shape, ((-1, run.session.steering),))
+
+
 def watched(run: Run, flight: Flight, sites: Sequence[Site]) -> list[Site]:
     """The sites ahead at which the run may stop in this step, in execution order."""
+    if run.target is None and (run.silent or not run.breakpoints):
+        return []
     ahead = [site for site in sites if site.order > flight.passed]
     target = run.target
     if target is not None:
         step = len(run.session.journal)
         due = [s for s in ahead if step > target.step or (step == target.step and s.order >= target.order)]
         return due[:1]
-    if run.silent:
-        return []
     return [site for site in ahead if any(point.watches(site) for point in run.breakpoints)]
 
 
@@ -113,7 +194,9 @@ def fired(run: Run, flight: Flight, site: Site) -> tuple[int, ...] | None:
     if run.target is not None:
         return ()
     found = [
-        (point, point.fired(site, flight.step, flight.value(site))) for point in run.breakpoints if point.watches(site)
+        (point, point.fired(site, flight.step, partial(flight.value, site), flight.answers.get((id(point), site.name))))
+        for point in run.breakpoints
+        if point.watches(site)
     ]
     for point, positions in found:
         if positions:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from djinn_fx.program import Program
+from djinn_fx.runtime.agreement import Agreements
 from djinn_fx.sites import Site
 from djinn_fx.specs import ProgramShape, Variant
 
@@ -33,17 +34,28 @@ class ProgramCache:
 
     Attributes:
         build: makes a program; this is how the compiler's work reaches the runtime.
+        agreements: compares each new program with the other variants of its shape; None: they agree as they are built.
     """
 
     build: Builder
+    agreements: Agreements | None = None
     _programs: dict[tuple[ProgramShape, Variant, tuple[str, ...]], Program] = field(default_factory=dict)
 
     def get(self, shape: ProgramShape, variant: Variant, sites: Sequence[Site]) -> Program:
-        """The program of this shape, variant and sites, made now if it is the first time."""
-        key = (shape, variant, tuple(site.name for site in sites))
+        """The program of this shape, variant and sites, made now if it is the first time.
+
+        Where variants turned out to differ in their bits, the poorer one is no longer given.
+        """
+        names = tuple(site.name for site in sites)
         with _MAKING:
+            if self.agreements is not None:
+                variant = self.agreements.least(shape, variant)
+            key = (shape, variant, names)
             if key not in self._programs:
                 self._programs[key] = self.build(shape, variant, sites)
+                if self.agreements is not None:
+                    self.agreements.admit(self._programs[key])
+                    return self.get(shape, variant, sites)
             return self._programs[key]
 
     def made(self) -> tuple[Program, ...]:

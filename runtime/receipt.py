@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 
 from djinn_fx.errors import CaptureMismatch
+from djinn_fx.runtime.agreement import Agreements, describe
+from djinn_fx.runtime.bits import same_bits
 from djinn_fx.runtime.engine import Engine
-from djinn_fx.runtime.executor import Executor
-from djinn_fx.runtime.flight import same_bits
+from djinn_fx.runtime.executor import Executor, RowValues
 from djinn_fx.runtime.observe import Observer
 from djinn_fx.runtime.programs import SMALLEST_CHUNK, bucket
 from djinn_fx.runtime.steps import Step
@@ -86,6 +87,8 @@ class Receipt:
         for check in self.checks:
             size = f", worst {check.worst:.2e} of {check.tolerance:.2e}" if check.tolerance else ""
             lines.append(f"  {check.name}: {check.verdict}{size}")
+        if self.pending:
+            lines.append(f"  not needed so far: {', '.join(self.pending)}")
         return "\n".join(lines)
 
 
@@ -113,6 +116,15 @@ def make_receipt(engine: Engine, observer: Observer, reference: ReferenceRun) ->
             stacklevel=3,
         )
     return Receipt(len(tokens), tuple(checks), nonfinite=bad)
+
+
+def with_agreements(receipt: Receipt, agreements: Agreements) -> Receipt:
+    """A receipt with what was found since of the variants of each program."""
+    checks = [
+        Check(f"{describe(each.shape)}: {' = '.join(each.variants)}", "bitwise" if each.exact else "differs")
+        for each in agreements.found
+    ]
+    return replace(receipt, checks=(*receipt.checks, *checks), pending=agreements.pending())
 
 
 def _probe_tokens(engine: Engine, observer: Observer) -> list[int]:
@@ -176,7 +188,13 @@ class _Captured:
         names = {site.name: site for site in (*engine.sites, *posts)}
         self.sites = tuple(sorted(names.values(), key=lambda site: site.order))
         self.executor = Executor(
-            engine.programs, engine.arena, self.sites, engine.dtype, engine.device, engine.options.edit_rank
+            engine.programs,
+            engine.arena,
+            self.sites,
+            engine.dtype,
+            engine.device,
+            engine.options.edit_rank,
+            engine.loop_for(self.sites),
         )
         self.posts = posts
 
@@ -197,7 +215,7 @@ class _Captured:
                 for site in self.posts:
                     blocks[site.name].append(env[site.name][0, : stop - start].clone())
             for start in range(prompt, len(self.tokens)):
-                (values,) = self.executor.decode([BatchRow(row, self._step(start, start + 1, 1))])
+                values = self.executor.decode_one(BatchRow(row, self._step(start, start + 1, 1)))
                 logits.append(values.logits.clone())
                 for site in self.posts:
                     blocks[site.name].append(values.value(site).clone())
@@ -232,8 +250,8 @@ class _Captured:
                 self.executor.advance(chunk, None)
             last = self.tokens[cut]
             one = Step(cut, (last,), (False,), -1, ProgramShape(2, 1, 1), ())
-            a = self.executor.decode([BatchRow(rows[0], one), BatchRow(rows[1], one)])
-            b = self.executor.decode([BatchRow(rows[1], one), BatchRow(rows[0], one)])
+            a = self._decode([BatchRow(rows[0], one), BatchRow(rows[1], one)])
+            b = self._decode([BatchRow(rows[1], one), BatchRow(rows[0], one)])
             swapped = same_bits(a[0].logits, b[1].logits) and same_bits(a[1].logits, b[0].logits)
             return [
                 Check("rows permuted", "bitwise" if swapped else "differs"),
@@ -243,13 +261,16 @@ class _Captured:
             for row in rows:
                 engine.arena.release(row)
 
+    def _decode(self, batch: Sequence[BatchRow]) -> list[RowValues]:
+        return [values for values in self.executor.decode(batch) if values is not None]
+
     def _injection(self, rows: list[int], one: Step, whole: torch.Tensor) -> Check:
         """Stop at every compiled site and resume by injection: equal to the uninterrupted step?"""
         batch = [BatchRow(row, one) for row in rows]
-        plain = self.executor.decode(batch)
+        plain = self._decode(batch)
         same = True
         for site in self.engine.sites:
             injected = one.edited(site.name, plain[0].value(site).clone())
-            again = self.executor.decode([BatchRow(rows[0], injected), batch[1]])
+            again = self._decode([BatchRow(rows[0], injected), batch[1]])
             same = same and same_bits(again[0].logits, whole)
         return Check("stopped and resumed = uninterrupted", "bitwise" if same else "differs")

@@ -150,7 +150,8 @@ class Run:
     @property
     def generated(self) -> int:
         """Number of tokens sampled so far by this run."""
-        return len(self.session.token_list[self.prompt_end : self.end])
+        end = len(self.session.token_list) if self.end is None else self.end
+        return max(0, end - self.prompt_end)
 
     @property
     def text(self) -> str | None:

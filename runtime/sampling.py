@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from djinn_fx.errors import InvalidValue
+from djinn_fx.kernels.advance import greedy
 from djinn_fx.kernels.philox import uniform
 
 #: Slack on top_p, as a share of the total: a set whose mass is top_p but for rounding is enough.
@@ -100,13 +101,6 @@ def invert(found: Tensor, share: Tensor) -> Tensor:
     # which lies below the total however the total was rounded.
     target = (share[:, None] * cumulative[:, -1:].double()).to(torch.int64)
     return (cumulative <= target).sum(-1)
-
-
-def greedy(logits: Tensor) -> Tensor:
-    """The first maximum of each row ``[B, V]`` among what is not NaN; 0 where all are NaN."""
-    peak = _without_nan(logits).amax(-1, keepdim=True)
-    # The first of equals is what argmax gives, and a NaN equals nothing.
-    return (logits == peak).view(torch.uint8).argmax(-1)
 
 
 def weights(logits: Tensor, spec: SamplingSpec) -> Tensor:

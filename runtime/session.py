@@ -20,6 +20,7 @@ from djinn_fx.specs import Breakpoint, Edit
 if TYPE_CHECKING:
     from djinn_fx.runtime.checkpoint import Checkpoint
     from djinn_fx.runtime.engine import Engine
+    from djinn_fx.runtime.transfer import Parked
 
 
 class Session:
@@ -37,7 +38,7 @@ class Session:
         self.journal: list[Step] = []
         self.children: list[Session] = []
         self.parent: Session | None = None
-        self.host: list[torch.Tensor] | None = None
+        self.host: Parked | None = None
         self.last_logits: torch.Tensor | None = None
         self.pinned = False
         self.closed = False
@@ -230,10 +231,13 @@ class Session:
     def offload(self) -> None:
         """Move the session's KV to host memory and free its row; it returns by itself when it goes on.
 
+        On CUDA the call returns at once, and nothing waits for the copy but what needs its row.
+
         Raises:
             SessionClosed: it was closed.
             InvalidValue: it is pinned.
             SessionBusy: a thread is driving its run.
+            CapacityError: no host memory is left (``pinned_bytes``); the session stays where it is.
         """
         with self.engine.lock:
             self.require_open()
@@ -253,9 +257,12 @@ class Session:
     def checkpoint(self) -> Checkpoint:
         """A checkpoint of the session as it stands, also between runs and while stopped.
 
+        On CUDA the call returns at once: copies begin and nothing waits for them but ``checkpoint.wait()``.
+
         Raises:
             SessionClosed: it was closed.
             SessionBusy: a thread is driving its run right now.
+            CapacityError: no host memory is left (``pinned_bytes``).
         """
         from djinn_fx.runtime.checkpoint import take_checkpoint
 

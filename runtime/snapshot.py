@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from djinn_fx.errors import SessionBusy
+from djinn_fx.runtime.bits import same_bits
 from djinn_fx.runtime.breakpoints import ArmedBreakpoint
-from djinn_fx.runtime.flight import Flight, same_bits
+from djinn_fx.runtime.pinned import outside_inference
 from djinn_fx.runtime.results import StepRecord
 from djinn_fx.runtime.run import Run, RunOptions
 from djinn_fx.runtime.steering import Armed
 from djinn_fx.runtime.steps import Steering, Step
+from djinn_fx.specs import Breakpoint
+from djinn_fx.when import CosineAbove, Probe
 
 if TYPE_CHECKING:
     from djinn_fx.runtime.session import Session
@@ -102,10 +105,43 @@ class SessionState:
         return found
 
 
-def snapshot(session: Session) -> SessionState:
-    """The state of a session; the caller holds the engine's lock.
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """Where a run stood, without the value there: fields of :class:`StopState`."""
 
-    Tensors that nothing mutates are shared, a stop's value is copied.
+    site: str
+    fired: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """A session at one moment, taken without waiting for the device.
+
+    Attributes:
+        state: its state; a step in the air lacks its stop.
+        frame: that stop, if there was one.
+    """
+
+    state: SessionState
+    frame: Frame | None
+
+    def settled(self, values: torch.Tensor | None) -> SessionState:
+        """The whole state; ``values`` are those that :func:`snapshot` gave, on the host."""
+        run = self.state.run
+        if self.frame is None or values is None or run is None or run.flight is None:
+            return self.state
+        stop = StopState(self.frame.site, values[0].clone(), not same_bits(*values), self.frame.fired)
+        return replace(self.state, run=replace(run, flight=replace(run.flight, stop=stop)))
+
+
+def snapshot(session: Session) -> tuple[Snapshot, torch.Tensor | None]:
+    """A session as it stands; the caller holds the engine's lock. It enqueues one copy and waits for nothing.
+
+    Tensors that nothing mutates are shared.
+
+    Returns:
+        the snapshot, and for a stop its value and what the step had left there, ``[2, tokens, *feature_shape]``: a
+        copy, on the device.
 
     Raises:
         SessionBusy: its run is being driven just now.
@@ -116,7 +152,7 @@ def snapshot(session: Session) -> SessionState:
             "cannot checkpoint: a thread is in the middle of a step of this session's run. Wait until the run stops "
             "or pauses; inside a loop over its stops a checkpoint is always possible, in a callback it is not."
         )
-    return SessionState(
+    state = SessionState(
         seed=session.seed,
         tokens=tuple(session.token_list),
         sampled=tuple(session.sampled),
@@ -126,6 +162,11 @@ def snapshot(session: Session) -> SessionState:
         journal=tuple(session.journal),
         run=None if run is None else _run_state(run),
     )
+    if run is None or run.flight is None or run.stop is None:
+        return Snapshot(state, None), None
+    stop, before = run.stop, run.flight.value(run.stop.place)
+    with outside_inference():
+        return Snapshot(state, Frame(stop.site, stop.fired)), torch.stack((stop.checked_value(), before))
 
 
 def _run_state(run: Run) -> RunState:
@@ -133,22 +174,21 @@ def _run_state(run: Run) -> RunState:
         options=run.options,
         span=(run.begin, run.prompt_start, run.prompt_end),
         first_step=run.first_step,
-        breakpoints=tuple(run.breakpoints),
+        breakpoints=tuple(ArmedBreakpoint(_own(point.spec), point.sites, point.left) for point in run.breakpoints),
         capture=tuple(site.name for site in run.capture),
         records=tuple(run.records),
         finished=run.finished,
         finish_reason=run.finish_reason,
         stopped_early=run.stopped_early,
-        flight=None if run.flight is None else _flight_state(run, run.flight),
+        flight=None if run.flight is None else FlightState(run.flight.step, run.flight.passed, None),
     )
 
 
-def _flight_state(run: Run, flight: Flight) -> FlightState:
-    stop = run.stop
-    if stop is None:
-        return FlightState(flight.step, flight.passed, None)
-    site = run.session.engine.table.get(stop.site)
-    value = stop.checked_value()
-    changed = not same_bits(value, flight.value(site))
-    state = StopState(site.name, value.clone(), changed, stop.fired)
-    return FlightState(flight.step, flight.passed, state)
+def _own(spec: Breakpoint) -> Breakpoint:
+    """A breakpoint whose predicate, if it is one of ours, has tensors of its own: the user may change his."""
+    when = spec.when
+    if isinstance(when, Probe):
+        return replace(spec, when=replace(when, w=when.w.clone()))
+    if isinstance(when, CosineAbove):
+        return replace(spec, when=replace(when, d=when.d.clone()))
+    return spec

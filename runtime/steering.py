@@ -210,18 +210,19 @@ class SteerHandle:
 
     @property
     def edit(self) -> Edit:
-        """The edit in force.
+        """The edit in force; its tensors are copies.
 
         Raises:
             InvalidValue: it is no longer in force.
         """
         self._require("read")
-        return self._session.steering[self._site].edit
+        return _owned(self._session.steering[self._site].edit)
 
     @property
     def strength(self) -> float:
         """Factor on the whole change; assigning acts from here on."""
-        return self.edit.strength
+        self._require("read")
+        return self._session.steering[self._site].edit.strength
 
     @strength.setter
     def strength(self, value: float) -> None:

@@ -20,6 +20,9 @@ from djinn_fx.specs import Positions, ProgramShape
 if TYPE_CHECKING:
     from djinn_fx.runtime.steering import Armed
 
+#: Stands for a token that so far only the device knows, in a step that is launched ahead.
+UNKNOWN = -1
+
 #: The edits in force, by canonical site name. Never mutated: a change makes a new mapping.
 Steering = Mapping[str, "Armed"]
 

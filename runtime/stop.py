@@ -33,7 +33,7 @@ class Stop:
         fired: Sequence[int],
     ) -> None:
         self._run, self._site, self._step, self._value = run, site, step, value
-        self._fired, self._kind = tuple(fired), _describe(value)
+        self._fired, self._kind = tuple(fired), _kind(value)
         self.held = False
         self.waiting = False  # found by a step, not yet in the user's hands
 
@@ -53,6 +53,11 @@ class Stop:
     def site(self) -> str:
         """Canonical name of the site after which the run stopped."""
         return self._site.name
+
+    @property
+    def place(self) -> Site:
+        """The site itself, for the runtime."""
+        return self._site
 
     @property
     def layer(self) -> int | None:
@@ -105,9 +110,10 @@ class Stop:
         self._value = new.clone()
 
     def _require_fit(self, new: torch.Tensor) -> None:
-        if _describe(new) != self._kind:
+        if _kind(new) != self._kind:
+            shape, dtype, device = self._kind
             raise InvalidValue(
-                f"stop.value at {self.site!r} is {self._kind}; cannot assign {_describe(new)}. "
+                f"stop.value at {self.site!r} is {_words(shape, dtype, device)}; cannot assign {_describe(new)}. "
                 "Shape, dtype and device must be equal."
             )
 
@@ -193,5 +199,13 @@ class Stop:
         raise TypeError("a Stop does not pickle; use stop.checkpoint().save(path).")
 
 
+def _kind(tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+    return tensor.shape, tensor.dtype, tensor.device
+
+
 def _describe(tensor: torch.Tensor) -> str:
-    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
+    return _words(*_kind(tensor))
+
+
+def _words(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> str:
+    return f"{tuple(shape)} {str(dtype).removeprefix('torch.')} on {device}"

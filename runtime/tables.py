@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -16,12 +17,17 @@ from djinn_fx.specs import ProgramShape, Variant, edit_tables
 Tables = dict[str, torch.Tensor]
 
 
+#: What may be asked of an executed step: its token only, its logits too, or its sites' values as well.
+Wants = Literal["token", "logits", "taps"]
+
+
 @dataclass(frozen=True)
 class BatchRow:
-    """One batch row of an execution: the arena row and the step to run there."""
+    """One batch row of an execution: the arena row, the step to run there and what may be asked of it afterwards."""
 
     arena_row: int
     step: Step
+    wants: Wants = "taps"
 
 
 def variant_for(batch: Sequence[BatchRow], sites: Sequence[Site]) -> Variant:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("passes", "kernels", "runtime")
+ROOMS = ("passes", "kernels", "runtime", "benchmarks")
 
 IMPORT_ALL = """
 import importlib, sys
@@ -40,8 +40,9 @@ def tree_modules() -> set[str]:
     """The importable modules of the tree, by the names under which a user imports them."""
     names = {f"djinn_fx.{p.stem}" for p in ROOT.glob("djinn_fx/*.py") if p.stem != "__init__"}
     for room in ROOMS:
-        names |= {f"djinn_fx.{room}.{p.stem}" for p in (ROOT / room).glob("*.py")}
-    return names - {"djinn_fx.__main__"}
+        files = [p.relative_to(ROOT).with_suffix("") for p in (ROOT / room).rglob("*.py")]
+        names |= {f"djinn_fx.{'.'.join(file.parts)}" for file in files if not file.stem.endswith("_speed")}
+    return names - {"djinn_fx.__main__"}  # the scripts *_speed need a GPU's Triton
 
 
 @pytest.fixture(scope="module")

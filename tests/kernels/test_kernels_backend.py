@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from djinn_fx.kernels import attention, backend, kv, triton_attention, triton_kv
+from djinn_fx.kernels import attention, backend, kv, linear, triton_attention, triton_kv, triton_linear
 from djinn_fx.kernels.backend import next_power_of_2, uses_triton
 from djinn_fx.kernels.ops import operators
 
@@ -31,8 +31,8 @@ def answers_on_cuda(*, triton: bool | None) -> list[object]:
 
 
 def test_operators_can_be_told_who_answers() -> None:
-    assert answers_on_cuda(triton=False) == [kv.kv_write, attention.attention]
-    assert answers_on_cuda(triton=True) == [triton_kv.kv_write, triton_attention.attention]
+    assert answers_on_cuda(triton=False) == [kv.kv_write, attention.attention, linear.linears]
+    assert answers_on_cuda(triton=True) == [triton_kv.kv_write, triton_attention.attention, triton_linear.linears]
 
 
 def test_the_environment_forces_the_twins(monkeypatch: pytest.MonkeyPatch) -> None:

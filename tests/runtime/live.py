@@ -161,7 +161,7 @@ class Live(Against):
     def kv(self) -> list[Tensor]:
         """Its KV, ``[heads, positions, dim]`` of each layer, wherever it lies."""
         if self.session.host is not None:
-            return self.session.host
+            return self.session.host.tensors()
         layers = self.session.engine.arena.layers
         return [tensor[self.session.row] for pair in layers for tensor in pair]
 

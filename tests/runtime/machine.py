@@ -17,12 +17,11 @@ import torch
 from hypothesis.stateful import RuleBasedStateMachine, precondition
 
 import djinn_fx as djinn
-from djinn_fx.passes.inductor import InductorLowering
-from djinn_fx.passes.lower import lower_eager
 from djinn_fx.runtime.checkpoint import Checkpoint
 from djinn_fx.runtime.sampling import SamplingSpec
 from djinn_fx.runtime.session import Session
 from djinn_fx.runtime.stop import Stop
+from tests.backends import compile_model, lowering
 from tests.families import EOS, LENGTH, ROWS, family, prompt
 from tests.oracle import Call, Oracle, Script
 from tests.runtime import acts
@@ -30,7 +29,6 @@ from tests.runtime.live import Live, nothing_else_changes
 from tests.session_script import Point, Shadow, World
 
 DEVICE = os.environ.get("DJINN_TEST_DEVICE", "cpu")
-BACKEND = os.environ.get("DJINN_TEST_BACKEND", "eager")
 RANK = 3
 MOST = 6  # open sessions
 
@@ -38,27 +36,25 @@ Act = TypeVar("Act", bound=Callable[..., None])
 
 
 @cache
-def compiled(name: str, invariant: bool, chunk: int) -> djinn.Dj:
+def compiled(name: str, invariant: bool, chunk: int, backend: str) -> djinn.Dj:
     """The test session's compiled model."""
-    dj: djinn.Dj = djinn.compile(
+    return compile_model(
         family(name, DEVICE),
+        backend,
         sites=acts.SITES,
         max_sessions=ROWS,
         max_length=LENGTH,
         prefill_chunk=chunk,
         edit_rank=RANK,
         batch_invariant=invariant,
-        backend=BACKEND,
         verify=False,
     )
-    return dj
 
 
 @cache
 def oracle_of(name: str, chunk: int) -> Oracle:
     """The test session's oracle of a model."""
-    lower = InductorLowering() if BACKEND == "inductor" else lower_eager
-    return Oracle(family(name, DEVICE), length=LENGTH, chunk=chunk, rank=RANK, eos=[EOS], lower=lower)
+    return Oracle(family(name, DEVICE), length=LENGTH, chunk=chunk, rank=RANK, eos=[EOS], lower=lowering())
 
 
 def some(condition: Callable[[Live], bool]) -> Callable[[Act], Act]:
@@ -96,13 +92,14 @@ class Stage(RuleBasedStateMachine):
     model: ClassVar[str]
     invariant: ClassVar[bool]
     chunk: ClassVar[int]
+    backend: ClassVar[str]
 
     def __init__(self) -> None:
         super().__init__()
         # Threads that wait for each other cost more than tensors of this size, by far where others work beside.
         self.threads = torch.get_num_threads()
         torch.set_num_threads(1)
-        self.dj = compiled(self.model, self.invariant, self.chunk)
+        self.dj = compiled(self.model, self.invariant, self.chunk, self.backend)
         self.oracle = oracle_of(self.model, self.chunk)
         self.lives: list[Live] = []
         self.saved: list[tuple[Checkpoint, Shadow, bool]] = []

@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from djinn_fx.errors import InvalidValue
+from djinn_fx.kernels.advance import greedy
 from djinn_fx.kernels.philox import uniform
-from djinn_fx.runtime.sampling import SamplingSpec, greedy, invert, sample, weights
+from djinn_fx.runtime.sampling import SamplingSpec, invert, sample, weights
 
 NAN, INF = math.nan, math.inf
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import initialize, precondition, rule
 
 import djinn_fx as djinn
+from tests.backends import BACKEND
 from tests.families import CHUNK, WIDTH, prompt
 from tests.oracle import Call, Change, Script
 from tests.runtime import acts
@@ -324,9 +325,10 @@ class Sessions(Stage):
             Against(f"prompt {seed} of dj.generate", shadow).check_result(self.world, result)
 
 
-def machine(name: str, share: int, *, invariant: bool = False, chunk: int = CHUNK) -> Any:
-    """The test of one model; ``share`` of the examples in percent."""
-    choice = {"model": name, "invariant": invariant, "chunk": chunk}
+def machine(name: str, share: int, *, invariant: bool = False, chunk: int = CHUNK, backend: str = "eager") -> Any:
+    """The test of one model; ``share`` of the examples in percent. ``DJINN_TEST_BACKEND`` has the last word."""
+    backend = BACKEND or backend
+    choice = {"model": name, "invariant": invariant, "chunk": chunk, "backend": backend}
     made: Any = type(f"Sessions {choice}", (Sessions,), choice)
     case = made.TestCase
     case.settings = settings(
@@ -337,10 +339,12 @@ def machine(name: str, share: int, *, invariant: bool = False, chunk: int = CHUN
     return case
 
 
-TestGPT2 = machine("gpt2", 25)
-TestGPT2Invariant = machine("gpt2", 25, invariant=True)
+TestGPT2 = machine("gpt2", 15)
+TestGPT2Static = machine("gpt2", 15, backend="static")
+TestGPT2Invariant = machine("gpt2", 10, invariant=True)
+TestGPT2InvariantStatic = machine("gpt2", 15, invariant=True, backend="static")
 TestGPT2TokenByToken = machine("gpt2", 5, chunk=1)
-TestLlama = machine("llama-bf16", 10)
+TestLlama = machine("llama-bf16", 10, backend="static")
 TestLlamaInvariant = machine("llama", 10, invariant=True, chunk=20)
 TestMistral = machine("mistral", 10)
-TestMistralInvariant = machine("mistral", 15, invariant=True)
+TestMistralInvariant = machine("mistral", 10, invariant=True, backend="static")

@@ -17,6 +17,7 @@ from djinn_fx.passes.pipeline import CaptureStore
 from djinn_fx.runtime.results import Result
 from djinn_fx.runtime.session import Session
 from djinn_fx.runtime.stop import Stop
+from tests.backends import compile_model
 from tests.bits import assert_same_bits
 
 NAMES = ("gpt2", "llama", "gpt2-bf16", "llama-bf16")
@@ -77,8 +78,7 @@ def another_dj(name: str, sites: Any = SITES, **options: Any) -> djinn.Dj:
 def make_dj(model: Any, sites: Any = SITES, **options: Any) -> djinn.Dj:
     """Compile with the tests' sizes, unverified: the receipt has tests of its own."""
     sizes = {"max_length": LENGTH, "max_sessions": ROWS, "prefill_chunk": CHUNK, "edit_rank": 3, "verify": False}
-    dj: djinn.Dj = djinn.compile(model, sites=sites, **(sizes | options))
-    return dj
+    return compile_model(model, sites=sites, **(sizes | options))
 
 
 @cache

@@ -1,0 +1,154 @@
+"""What a running benchmark is given: options, a log, checks, a budget of seconds."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from djinn_fx.benchmarks import clock, models
+from djinn_fx.benchmarks.record import Check, Json
+from djinn_fx.benchmarks.stats import summary
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a benchmark is asked to run.
+
+    Attributes:
+        model: a name or path for :func:`djinn_fx.benchmarks.models.load`.
+        device: ``"cuda"`` or ``"cpu"``; ``"auto"`` takes CUDA where there is one.
+        dtype: of the weights; ``"auto"``: bfloat16 on CUDA, float32 on the CPU.
+        backend: of ``djinn.compile``.
+        quick: less of everything, within a minute or so.
+        seed: of weights, prompts and statistics.
+        budget_seconds: parts that would begin later than this are left out, visibly.
+        peers: whether other systems run too.
+    """
+
+    model: str = "gpt2"
+    device: str = "auto"
+    dtype: str = "auto"
+    backend: str = "auto"
+    quick: bool = False
+    seed: int = 0
+    budget_seconds: float | None = None
+    peers: bool = True
+
+    def resolved(self) -> Options:
+        """The same with every ``"auto"`` but the backend's replaced by what it means here."""
+        device = self.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = self.dtype
+        if dtype == "auto":
+            dtype = "bfloat16" if device.startswith("cuda") else "float32"
+        return Options(self.model, device, dtype, self.backend, self.quick, self.seed, self.budget_seconds, self.peers)
+
+
+@dataclass
+class Context:
+    """One run of one benchmark, while it goes on.
+
+    Attributes:
+        options: resolved.
+        listener: told each line of the log.
+        checks: made so far.
+        log: so far.
+    """
+
+    options: Options
+    listener: Callable[[str], object] = print
+    checks: list[Check] = field(default_factory=list)
+    log: list[tuple[float, str]] = field(default_factory=list)
+    begun: float = field(default_factory=time.perf_counter)
+
+    @property
+    def device(self) -> torch.device:
+        """Where to run; CUDA with its index."""
+        device = torch.device(self.options.device)
+        return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weights' dtype."""
+        found: torch.dtype = getattr(torch, self.options.dtype)
+        return found
+
+    @property
+    def spent(self) -> float:
+        """Seconds since the start."""
+        return time.perf_counter() - self.begun
+
+    @property
+    def over(self) -> bool:
+        """Whether the budget is spent."""
+        budget = self.options.budget_seconds
+        return budget is not None and self.spent > budget
+
+    def size(self, full: int, quick: int) -> int:
+        """A number of samples, tokens or rows: ``quick`` for a quick run."""
+        return quick if self.options.quick else full
+
+    def say(self, line: str) -> None:
+        """Log a line."""
+        self.log.append((round(self.spent, 3), line))
+        self.listener(line)
+
+    def check(self, name: str, held: bool, detail: str = "", *, expected: bool = True) -> Check:
+        """Record a comparison; what it says goes to the log too."""
+        found = Check(name, bool(held), detail, expected)
+        self.checks.append(found)
+        self.say(f"{'right' if held else 'WRONG'}: {name}{f' ({detail})' if detail else ''}")
+        return found
+
+    def part(self, name: str, work: Callable[[], Json]) -> Json:
+        """Do one part of the benchmark; what goes wrong in it is recorded, and the others go on.
+
+        Returns:
+            what ``work`` returns, or ``{"skipped": why}``, or ``{"failed": why}``.
+        """
+        if self.over:
+            self.say(f"{name}: left out, the budget of {self.options.budget_seconds:g} s is spent")
+            return {"skipped": f"the budget of {self.options.budget_seconds:g} s was spent"}
+        self.say(name)
+        began = self.spent
+        try:
+            found = work()
+        except Exception as error:
+            self.say(traceback.format_exc().rstrip())
+            self.check(name, False, f"{type(error).__name__}: {error}"[:300])
+            found = {"failed": f"{type(error).__name__}: {error}"[:300]}
+        clock.clear(self.device)
+        self.say(f"{name}: {self.spent - began:.1f} s")
+        return found
+
+    def speed(self, verdict: Check, take: Callable[[], list[float]], unit: str = "ms") -> dict[str, Json]:
+        """A summary of samples, taken only if the answer that they time was right.
+
+        Returns:
+            the summary, or ``{"refused": why}``: a wrong result has no speed.
+        """
+        if not verdict.held:
+            return refused(verdict)
+        return summary(take(), unit)
+
+    def load(self, layers: int | None = None, name: str | None = None) -> models.Loaded:
+        """The model that was asked for, on the device."""
+        options = self.options
+        return models.load(name or options.model, self.device, self.dtype, options.seed, layers)
+
+    def compile(self, loaded: models.Loaded, **options: Any) -> Any:
+        """:func:`djinn_fx.compile` of a model with this run's backend."""
+        import djinn_fx as djinn
+
+        return djinn.compile(loaded.model, backend=self.options.backend, **options)
+
+
+def refused(verdict: Check) -> dict[str, Json]:
+    """What stands in place of a speed where the answer was wrong."""
+    return {"refused": f"wrong result: {verdict.detail or verdict.name}"}

@@ -1,0 +1,94 @@
+"""Regenerate the README's tables and its picture from committed records.
+
+    python -m benchmarks.readme_tables [--check]
+
+Between ``<!-- bench:NAME -->`` and ``<!-- /bench -->`` stands what NAME gives: ``interactivity`` (the experiment at a
+glance), ``decode`` (milliseconds per token), ``picture`` (one row, by system). Nothing between them is typed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from djinn_fx.benchmarks import decode_report, plots
+from djinn_fx.benchmarks.interacting import report as interactivity_report
+from djinn_fx.benchmarks.record import Record, load
+from djinn_fx.benchmarks.report import table_body
+
+ROOT = Path(__file__).resolve().parents[1]
+
+#: Where the committed records lie, and where pictures go, from the root.
+RESULTS, IMAGES = Path("benchmarks/results/h200"), Path("docs/images")
+
+MARKED = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
+
+
+def blocks(root: Path) -> dict[str, Callable[[], str]]:
+    """What each name gives."""
+
+    def record(name: str) -> Record:
+        return load(root / RESULTS / f"{name}.json")
+
+    def interactivity() -> str:
+        found = record("interactivity_gpt2")
+        table = interactivity_report.tables(found)[0]
+        return f"{table_body(table)}\n\n{_source(found)} {table.note}"
+
+    def decode() -> str:
+        found = [load(path) for path in sorted((root / RESULTS).glob("decode_*.json"))]
+        if not found:
+            raise ValueError(f"no decode_*.json under {RESULTS}.")
+        return f"{table_body(decode_report.combined(found))}\n\n{_source(found[0])} Medians; host work included."
+
+    def picture() -> str:
+        (first,) = decode_report.pictures(record("decode_gpt2"))
+        path = plots.draw(first, root / IMAGES)
+        return f"![{first.title}]({path.relative_to(root).as_posix()})"
+
+    return {"interactivity": interactivity, "decode": decode, "picture": picture}
+
+
+def _source(record: Record) -> str:
+    versions = record.environment["versions"]
+    return (
+        f"{record.environment['device_name']}, {record.options['dtype']}, torch {versions['torch']}, "
+        f"{record.started[:10]}; every answer {'checked and right' if record.right else '**not** right'}."
+    )
+
+
+def filled(text: str, root: Path = ROOT) -> str:
+    """A page with every marked place filled.
+
+    Raises:
+        ValueError: a name that gives nothing, or a record that is missing or damaged.
+    """
+    known = blocks(root)
+
+    def fill(match: re.Match[str]) -> str:
+        if match[2] not in known:
+            raise ValueError(f"<!-- bench:{match[2]} -->: there are {', '.join(known)}.")
+        return f"{match[1]}\n{known[match[2]]()}\n\n{match[3]}"
+
+    return MARKED.sub(fill, text)
+
+
+def main() -> int:
+    """Fill the README; with ``--check`` only say whether it is as the records have it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="change nothing; 1 if something would change")
+    check = parser.parse_args().check
+    readme = ROOT / "README.md"
+    before = readme.read_text(encoding="utf-8")
+    after = filled(before)
+    if not check:
+        readme.write_text(after, encoding="utf-8")
+    print("as the records have it" if before == after else "differs" if check else f"filled {readme.name}")
+    return int(check and before != after)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

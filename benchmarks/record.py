@@ -1,0 +1,96 @@
+"""Records: what one run of a benchmark leaves behind, as one JSON file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+#: Name and version of the file format.
+FORMAT = "djinn-bench/1"
+
+#: A value of a record: what JSON can hold.
+Json = Any
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison that a benchmark made before it measured.
+
+    Attributes:
+        name: what was compared.
+        held: whether the answer was right.
+        detail: in figures.
+        expected: False for a check that is there to show that something does not work; it fails no run.
+    """
+
+    name: str
+    held: bool
+    detail: str = ""
+    expected: bool = True
+
+
+@dataclass
+class Record:
+    """One run of one benchmark.
+
+    Attributes:
+        benchmark: its name.
+        started: when, in UTC.
+        options: how it was asked to run: model, device, dtype, seed, quick...
+        environment: machine and versions.
+        seconds: how long it took.
+        checks: every comparison made.
+        results: the benchmark's own tree of figures.
+        log: seconds since the start and a line, in order.
+    """
+
+    benchmark: str
+    started: str
+    options: dict[str, Json]
+    environment: dict[str, Json]
+    seconds: float = 0.0
+    checks: list[Check] = field(default_factory=list)
+    results: dict[str, Json] = field(default_factory=dict)
+    log: list[tuple[float, str]] = field(default_factory=list)
+
+    @property
+    def right(self) -> bool:
+        """Whether every answer that should be right was right."""
+        return all(check.held for check in self.checks if check.expected)
+
+    @property
+    def title(self) -> str:
+        """One line that tells this run from others."""
+        where = self.environment.get("device_name", "?")
+        quick = ", quick" if self.options.get("quick") else ""
+        return f"{self.options['model']}, {self.options['dtype']}, {where}{quick}"
+
+
+def save(record: Record, path: Path) -> Path:
+    """Write a record as JSON; returns the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    document = {"format": FORMAT, **asdict(record)}
+    path.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    return path
+
+
+def load(path: Path) -> Record:
+    """Read a record.
+
+    Raises:
+        ValueError: not a record of this format, or one that lacks something.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(document, dict) or document.pop("format", None) != FORMAT:
+        raise ValueError(f"{path} is not a benchmark record ({FORMAT}); give a JSON that `djinn-fx bench` wrote.")
+    try:
+        checks = [Check(**check) for check in document.pop("checks")]
+        log = [(float(at), str(line)) for at, line in document.pop("log")]
+        return Record(checks=checks, log=log, **document)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is a benchmark record that lacks something or holds too much: {error}") from error

@@ -1,0 +1,131 @@
+"""The registry: a benchmark is a file of this folder that names one :class:`Benchmark` ``BENCHMARK``."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import re
+import signal
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from djinn_fx.benchmarks.context import Context, Options
+from djinn_fx.benchmarks.environment import environment
+from djinn_fx.benchmarks.record import Json, Record, save
+from djinn_fx.benchmarks.tables import Picture, Table
+
+#: The package whose files are looked through.
+PACKAGE = "djinn_fx.benchmarks"
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One registered benchmark.
+
+    Attributes:
+        name: on the command line and in file names; that of its file.
+        run: measures; returns the record's ``results``.
+        tables: the report's tables, from a record.
+        pictures: the report's pictures, from a record.
+        extras: more files for the report's folder, from a record: name and content.
+    """
+
+    name: str
+    run: Callable[[Context], dict[str, Json]]
+    tables: Callable[[Record], list[Table]]
+    pictures: Callable[[Record], list[Picture]]
+    extras: Callable[[Record], dict[str, Json]] = lambda record: {}
+
+
+def discover() -> dict[str, Benchmark]:
+    """Every benchmark of the folder, by name; files that name none, such as scripts for a GPU, are not imported."""
+    found: dict[str, Benchmark] = {}
+    for name in summaries():
+        found[name] = importlib.import_module(f"{PACKAGE}.{name}").BENCHMARK
+    return found
+
+
+def summaries() -> dict[str, str]:
+    """Name and first line of every benchmark, read off the files without importing one."""
+    found = {}
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        source = path.read_text(encoding="utf-8")
+        if re.search(r"^BENCHMARK\b", source, re.MULTILINE):
+            found[path.stem] = (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
+    return found
+
+
+def find(name: str) -> Benchmark:
+    """The benchmark of a name.
+
+    Raises:
+        ValueError: there is none; says which there are.
+    """
+    known = summaries()
+    if name not in known:
+        raise ValueError(f"no benchmark is called {name!r}; there are {', '.join(known)}.")
+    entry: Benchmark = importlib.import_module(f"{PACKAGE}.{name}").BENCHMARK
+    return entry
+
+
+def run(entry: Benchmark, options: Options, listener: Callable[[str], object] = print) -> Record:
+    """Run a benchmark from start to end."""
+    context = Context(options.resolved(), listener)
+    torch.manual_seed(options.seed)
+    record = Record(
+        benchmark=entry.name,
+        started=datetime.now(UTC).isoformat(timespec="seconds"),
+        options=asdict(context.options),
+        environment=environment(context.device),
+        checks=context.checks,
+        log=context.log,
+    )
+    context.say(f"{entry.name}: {record.title}")
+    with torch.inference_mode(False), torch.no_grad():
+        record.results = entry.run(context)
+    record.seconds = round(context.spent, 3)
+    wrong = [check.name for check in record.checks if check.expected and not check.held]
+    context.say(f"{entry.name}: {record.seconds:.0f} s, {f'WRONG: {wrong}' if wrong else 'every answer right'}")
+    return record
+
+
+def file_name(record: Record) -> str:
+    """The name of a record's JSON."""
+    model = Path(str(record.options["model"])).name or "model"
+    return f"{record.benchmark}_{model}.json"
+
+
+def _ended(number: int, frame: object) -> None:
+    """What is under way fails, and what was measured before it is still written."""
+    raise TimeoutError("ended from outside")
+
+
+def main(name: str, arguments: list[str] | None = None) -> int:
+    """Run a benchmark as a script that needs torch, transformers and numpy alone; writes the JSON.
+
+    Returns:
+        0, or 1 if an answer was wrong.
+    """
+    entry = find(name)
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=summaries()[name])
+    default = Options()
+    parser.add_argument("--model", default=default.model)
+    parser.add_argument("--device", default=default.device)
+    parser.add_argument("--dtype", default=default.dtype)
+    parser.add_argument("--backend", default=default.backend)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--seed", type=int, default=default.seed)
+    parser.add_argument("--budget-seconds", type=float)
+    parser.add_argument("--no-peers", dest="peers", action="store_false")
+    parser.add_argument("--out", type=Path, default=Path("bench"))
+    chosen = vars(parser.parse_args(arguments))
+    signal.signal(signal.SIGTERM, _ended)
+    out: Path = chosen.pop("out")
+    record = run(entry, Options(**chosen), lambda line: print(line, flush=True))
+    print(save(record, out / file_name(record)))
+    return 0 if record.right else 1

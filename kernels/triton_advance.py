@@ -1,0 +1,72 @@
+"""The end of a decode step on a GPU, in two launches: maxima of runs of the vocabulary, then the first of the largest.
+
+Ties go to the smallest token, and a NaN is below everything, as in :func:`djinn_fx.kernels.advance.greedy`. A maximum
+does not depend on the order in which it is sought, so neither does the token.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from djinn_fx.kernels.backend import jit, next_power_of_2, tl
+
+#: Logits that a program looks at.
+RUN = 2048
+
+
+def advance(logits: Tensor, tokens: Tensor, positions: Tensor, lengths: Tensor, slot: Tensor, ring: Tensor) -> None:
+    """See :func:`djinn_fx.kernels.advance.advance`; never waits. A pinned ring is written over the bus."""
+    batch, vocab = logits.shape
+    runs = -(-vocab // RUN)
+    peaks = logits.new_empty(batch, runs, dtype=torch.float32 if logits.itemsize <= 4 else logits.dtype)
+    firsts = logits.new_empty(batch, runs, dtype=torch.int32)
+    with torch.cuda.device_of(logits):
+        _peaks[runs, batch](
+            logits, logits.stride(0), logits.stride(1), vocab, peaks, firsts, runs, slot, RUN=RUN, num_warps=4
+        )
+        _choose[(batch,)](
+            peaks, firsts, runs, tokens, positions, lengths, slot, ring, ring.shape[0], ring.stride(0),
+            RUNS=max(2, next_power_of_2(runs)), num_warps=2,
+        )  # fmt: skip
+
+
+@jit
+def _peaks(  # type: ignore[no-untyped-def]
+    logits, row_stride, stride, vocab, peaks, firsts, runs, slot, RUN: tl.constexpr
+):
+    """Largest logit of one run of one row and where it stands first; grid ``[runs, B]``."""
+    run, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    if run + b == 0:
+        tl.store(slot, tl.load(slot) + 1)  # here, where nobody else reads it
+    at = run * RUN + tl.arange(0, RUN)
+    inside = at < vocab
+    wide = peaks.dtype.element_ty
+    value = tl.load(logits + b * row_stride + at * stride, mask=inside, other=float("-inf")).to(wide)
+    value = tl.where(value == value, value, float("-inf"))
+    peak = tl.max(value, 0)
+    # Where all is -Inf, the first one that really is: a NaN does not count.
+    raw = tl.load(logits + b * row_stride + at * stride, mask=inside, other=float("nan")).to(wide)
+    first = tl.min(tl.where(raw == peak, at, 2147483647), 0)
+    tl.store(peaks + b * runs + run, peak)
+    tl.store(firsts + b * runs + run, first)
+
+
+@jit
+def _choose(  # type: ignore[no-untyped-def]
+    peaks, firsts, runs, tokens, positions, lengths, slot, ring, slots, ring_stride, RUNS: tl.constexpr
+):
+    """The first of the largest, and one step on; grid ``[B]``."""
+    b = tl.program_id(0)
+    run = tl.arange(0, RUNS)
+    inside = run < runs
+    peak = tl.load(peaks + b * runs + run, mask=inside, other=float("-inf"))
+    first = tl.load(firsts + b * runs + run, mask=inside, other=2147483647)
+    token = tl.min(tl.where(peak == tl.max(peak, 0), first, 2147483647), 0)
+    token = tl.where(token == 2147483647, 0, token)
+    live = (tl.load(lengths + b) > 0).to(tl.int64)
+    tl.store(tokens + b, token.to(tl.int64))
+    here = (tl.load(slot) - 1) % slots
+    tl.store(ring + here * ring_stride + b, token.to(tl.int64))
+    tl.store(positions + b, tl.load(positions + b) + live)
+    tl.store(lengths + b, tl.load(lengths + b) + live)

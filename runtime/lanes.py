@@ -1,0 +1,282 @@
+"""Lanes: the static buffers of decode, one lane for each batch row of the largest decode program.
+
+A program of ``B`` rows reads and writes the first ``B`` lanes, so all decode programs share one set of buffers, and so
+do their variants. A session keeps its lane from step to step: its tables are written when its steering changes, not
+again each step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from djinn_fx.program import LENGTHS, POSITIONS, ROWS, TOKENS
+from djinn_fx.runtime.steering import Armed, RankPart
+from djinn_fx.runtime.steps import UNKNOWN, Steering, Step
+from djinn_fx.runtime.tables import BatchRow, acting
+from djinn_fx.sites import Site
+from djinn_fx.specs import ProgramShape, TableSpec, Variant, edit_tables
+
+#: Flags of a lane at a site, rows of one packed buffer.
+FLAGS = ("act", "rank_act", "inject")
+
+#: Lanes are counted in multiples of this, so that every view of a packed buffer is aligned to 16 bytes.
+ALIGNMENT = 16
+
+_INTS = (TOKENS, POSITIONS, ROWS, LENGTHS)
+
+#: Steps whose tokens the host keeps at a time.
+SLOTS = 16
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a lane's tables hold: the edits at each site, and of which steering they were made.
+
+    Attributes:
+        source: the session's steering, by identity.
+        place: what else they depend on: whether the token was sampled, its position where an edit speaks of positions.
+        edits: the edit that acts at a site, by site index.
+        injected: indices of the sites where a value is injected.
+    """
+
+    source: Steering | None = None
+    place: tuple[object, ...] = ()
+    edits: Mapping[int, Armed] | None = None
+    injected: tuple[int, ...] = ()
+
+    @property
+    def variant(self) -> Variant:
+        """The cheapest program variant that does what is written."""
+        if any(armed.rank is not None for armed in (self.edits or {}).values()):
+            return "rank"
+        return "armed" if self.edits or self.injected else "plain"
+
+
+NOTHING = Written()
+
+#: What a lane holds whose writing was cut short by an error.
+STALE = Written(place=("stale",))
+
+
+class Lanes:
+    """The static inputs and taps of decode programs.
+
+    Attributes:
+        taps: what programs leave at the sites, ``[sites, lanes, *feature_shape]``, a buffer for all sites alike.
+        tap_of: a site's place by name: which of ``taps``, and at which index.
+        ints: tokens, positions, arena rows and lengths, and the number of the next step, int64 ``[5, lanes]``.
+        ring: each step's most likely next tokens, int64 ``[SLOTS, lanes]`` on the host, row ``number % SLOTS``.
+
+    Args:
+        sites: the compiled sites, in execution order.
+        count: lanes; the largest program's rows.
+        dtype: the model's dtype.
+        device: the model's device.
+        rank: directions an edit may have.
+        spare_row: the arena row of a lane without a session.
+    """
+
+    def __init__(
+        self, sites: Sequence[Site], count: int, dtype: torch.dtype, device: torch.device, rank: int, spare_row: int
+    ) -> None:
+        self.sites, self.count, self.rank = tuple(sites), count, rank
+        self.dtype, self.device, self.spare_row = dtype, device, spare_row
+        self.padded = -(-count // ALIGNMENT) * ALIGNMENT
+        self.written: list[Written] = [NOTHING] * count
+        self._tables: dict[str, torch.Tensor] = {}
+        self._specs: dict[str, TableSpec] = {}
+        with torch.inference_mode(False):
+            self.ints = torch.zeros(len(_INTS) + 1, self.padded, dtype=torch.int64, device=device)
+            self.ring = torch.zeros(SLOTS, self.padded, dtype=torch.int64, pin_memory=device.type == "cuda")
+            self._flags = torch.zeros(len(FLAGS), len(sites), self.padded, dtype=torch.bool, device=device)
+            self._host_flags = torch.zeros(self._flags.shape, dtype=torch.bool)
+            self.taps, self.tap_of = self._make_taps()
+        self.ints[_INTS.index(ROWS)] = spare_row
+        self._flags_changed = False
+
+    def _make_taps(self) -> tuple[list[torch.Tensor], dict[str, tuple[int, int]]]:
+        """Tap buffers ``[sites, lanes, *feature_shape]``, one for all sites alike, and each site's place in them."""
+        groups: dict[tuple[object, ...], list[int]] = {}
+        for index, site in enumerate(self.sites):
+            groups.setdefault((site.feature_shape, site.dtype or self.dtype), []).append(index)
+        buffers: list[torch.Tensor] = []
+        place: dict[str, tuple[int, int]] = {}
+        for number, indices in enumerate(groups.values()):
+            site = self.sites[indices[0]]
+            shape = (len(indices), self.padded, *site.feature_shape)
+            buffers.append(torch.zeros(shape, dtype=site.dtype or self.dtype, device=self.device))
+            for rank, index in enumerate(indices):
+                place[self.sites[index].name] = (number, rank)
+        return buffers, place
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers on the device."""
+        made = [self.ints, self._flags, *self.taps, *self._tables.values()]
+        return sum(tensor.nbytes for tensor in made)
+
+    # -- what a program gets -------------------------------------------------------------------
+
+    def env(self, shape: ProgramShape, variant: Variant) -> dict[str, torch.Tensor]:
+        """The inputs of a program: views of the buffers, made for this variant where they were not there yet."""
+        rows = shape.rows
+        tokens, positions, arena_rows, lengths = self.ints[:-1, :rows].unbind()
+        env = {TOKENS: tokens[:, None], POSITIONS: positions[:, None], ROWS: arena_rows, LENGTHS: lengths}
+        for index, site in enumerate(self.sites):
+            for spec in edit_tables(site, ProgramShape(self.padded, 1, 1), variant, self.dtype, self.rank):
+                part = spec.name.rpartition(":")[2]
+                env[spec.name] = self._view(index, part, spec)[:rows]
+        return env
+
+    def _view(self, index: int, part: str, spec: TableSpec) -> torch.Tensor:
+        if part in FLAGS:
+            return self._flags[FLAGS.index(part), index].view(spec.shape)
+        if part == "tap":
+            return self.tap(index).view(spec.shape)
+        if spec.name not in self._tables:
+            with torch.inference_mode(False):
+                table = torch.full(spec.shape, spec.neutral, dtype=spec.dtype, device=self.device)
+            self._tables[spec.name], self._specs[spec.name] = table, spec
+        return self._tables[spec.name]
+
+    def tap(self, index: int) -> torch.Tensor:
+        """The tap of a site, ``[lanes, *feature_shape]``."""
+        number, rank = self.tap_of[self.sites[index].name]
+        return self.taps[number][rank]
+
+    # -- writing -------------------------------------------------------------------------------
+
+    def plan(self, lane: int, row: BatchRow) -> Written:
+        """What a lane must hold for a row; what it holds now, where that is it."""
+        step, now = row.step, self.written[lane]
+        injected = (
+            tuple(i for i, site in enumerate(self.sites) if site.name in step.injections) if step.injections else ()
+        )
+        source = step.steering[-1][1] if len(step.steering) == 1 else None
+        if not injected and not now.injected and source is not None:
+            if not source and not now.edits and now is not STALE:
+                return now
+            if now.source is source and now.place == _place(step, source):
+                return now
+        edits = {i: armed for i, site in enumerate(self.sites) if (armed := acting(step, site)) is not None}
+        return Written(source, () if source is None else _place(step, source), edits, injected)
+
+    def write(self, lane: int, row: BatchRow, plan: Written) -> None:
+        """Bring a lane's tables to what was planned for a row."""
+        now = self.written[lane]
+        if plan is now:
+            return
+        known, self.written[lane] = now.edits or {}, STALE
+        targets: list[torch.Tensor] = []
+        sources: list[torch.Tensor] = []
+        for index, armed in (plan.edits or {}).items():
+            if known.get(index) is not armed:
+                self._write_edit(index, lane, armed, targets, sources)
+        for index in plan.injected:
+            value = row.step.injections[self.sites[index].name]
+            targets.append(self.tap(index)[lane])
+            sources.append(value[0])
+        _copy_all(targets, sources)
+        self._flag(lane, plan)
+        self.written[lane] = plan
+
+    def clear(self, lane: int) -> None:
+        """Let nothing act on a lane."""
+        now = self.written[lane]
+        if now.edits or now.injected or now is STALE:
+            self._flag(lane, NOTHING)
+            self.written[lane] = NOTHING
+
+    def _flag(self, lane: int, plan: Written) -> None:
+        flags = torch.zeros(self._host_flags.shape[:2], dtype=torch.bool)
+        for index, armed in (plan.edits or {}).items():
+            flags[0, index] = armed.scale is not None or armed.add is not None
+            flags[1, index] = armed.rank is not None
+        for index in plan.injected:
+            flags[2, index] = True
+        if not torch.equal(self._host_flags[:, :, lane], flags):
+            self._host_flags[:, :, lane] = flags
+            self._flags_changed = True
+
+    def _write_edit(
+        self, index: int, lane: int, armed: Armed, targets: list[torch.Tensor], sources: list[torch.Tensor]
+    ) -> None:
+        name = self.sites[index].name
+        for part in ("scale", "add"):
+            table, value = self._tables[f"{name}:{part}"], getattr(armed, part)
+            if value is None:
+                table[lane].fill_(self._specs[f"{name}:{part}"].neutral)
+            else:
+                targets.append(table[lane, 0])
+                sources.append(value)
+        if armed.rank is None:
+            return
+        count = armed.rank.read.shape[0]
+        slots = self._tables[f"{name}:slot"][lane]
+        slots[:count], slots[count:] = True, False
+        for part in RankPart.__dataclass_fields__:
+            targets.append(self._tables[f"{name}:{part}"][lane, :count])
+            sources.append(getattr(armed.rank, part))
+
+    def upload_flags(self) -> None:
+        """Send the flags to the device if one changed."""
+        if self._flags_changed:
+            send(self._host_flags, self._flags)
+            self._flags_changed = False
+
+    @property
+    def slot(self) -> torch.Tensor:
+        """The number of the next step, ``[1]``."""
+        return self.ints[-1, :1]
+
+    def upload_ints(self, rows: Mapping[int, BatchRow], count: int, number: int) -> None:
+        """Send what the first ``count`` lanes run in step ``number``, and nothing on other lanes.
+
+        A token that is :data:`UNKNOWN` stays what it is on the device: the last step left it there.
+        """
+        lanes = [(0, 0, self.spare_row, 0, number)] * count
+        for lane, row in rows.items():
+            step = row.step
+            lanes[lane] = (step.tokens[0], step.start, row.arena_row, step.stop, number)
+        host = torch.tensor(lanes, dtype=torch.int64).t()
+        there = [lane for lane, numbers in enumerate(lanes) if numbers[0] == UNKNOWN]
+        if not there:
+            send(host, self.ints[:, :count])
+            return
+        send(host[1:], self.ints[1:, :count])
+        for lane in rows:
+            if lane not in there:
+                send(host[:1, lane : lane + 1], self.ints[:1, lane : lane + 1])
+
+
+def _place(step: Step, steering: Steering) -> tuple[object, ...]:
+    """What the edits that act in a decode step depend on beside the steering."""
+    specs = [armed.edit.positions for armed in steering.values()]
+    if all(spec == "all" for spec in specs):
+        return ()
+    worded = all(isinstance(word, str) for spec in specs for word in (spec if isinstance(spec, tuple) else (spec,)))
+    return (step.sampled[0], step.start == step.last_prompt) if worded else (step.sampled[0], step.start)
+
+
+def _copy_all(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+    """Copy many tensors with few launches, those of one dtype together."""
+    by_dtype: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+    for target, source in zip(targets, sources, strict=True):
+        pair = by_dtype.setdefault(target.dtype, ([], []))
+        pair[0].append(target)
+        pair[1].append(source)
+    for some, values in by_dtype.values():
+        torch._foreach_copy_(some, values)
+
+
+def send(host: torch.Tensor, target: torch.Tensor) -> None:
+    """Copy a small host tensor to the device without waiting; ``host`` may be changed right away."""
+    if target.device.type == "cpu":
+        target.copy_(host)
+        return
+    staged = torch.empty(host.shape, dtype=host.dtype, pin_memory=True)
+    staged.copy_(host)
+    target.copy_(staged, non_blocking=True)

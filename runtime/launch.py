@@ -1,0 +1,231 @@
+"""What a launched decode step leaves behind: tokens for the host, and values that live until the next launch."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from djinn_fx.errors import InternalError
+from djinn_fx.runtime.lanes import SLOTS, Lanes
+from djinn_fx.runtime.steps import UNKNOWN, Step
+from djinn_fx.runtime.tables import BatchRow, Wants
+from djinn_fx.sites import Site
+from djinn_fx.specs import ProgramShape, Variant
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Copies of what one launch left, for one lane or for all.
+
+    Attributes:
+        first: the lane that index 0 stands for.
+        logits: ``[lanes, 1, vocab]``.
+        taps: copies of :attr:`djinn_fx.runtime.lanes.Lanes.taps`, ``[sites, lanes, ...]``; empty where there are none.
+    """
+
+    first: int
+    logits: torch.Tensor
+    taps: tuple[torch.Tensor, ...]
+
+
+class Launch:
+    """One decode step of some lanes, enqueued on the device.
+
+    Args:
+        shape: the program's shape.
+        variant: the program's variant.
+        rows: what each live lane runs.
+        lanes: the buffers it ran over.
+        logits: gives the program's logits.
+        number: counts the launches of these lanes; says where its tokens go.
+        before: the launch whose tokens it took over on the device; None if they came from the host.
+    """
+
+    def __init__(
+        self,
+        shape: ProgramShape,
+        variant: Variant,
+        rows: Mapping[int, BatchRow],
+        lanes: Lanes,
+        logits: Callable[[], torch.Tensor],
+        number: int,
+        before: Launch | None = None,
+    ) -> None:
+        self.shape, self.variant, self.rows = shape, variant, dict(rows)
+        self._before = before
+        self._lanes, self._logits = lanes, logits
+        self._values: weakref.WeakSet[LaunchValues] = weakref.WeakSet()
+        self._over = False
+        self._steps_on = 0  # how many steps on from what ``rows`` say
+        self._tokens = lanes.ring[number % SLOTS, : shape.rows]
+        self._arrived = passed(lanes.device)
+        self._read: list[int] | None = None
+
+    def following(self, number: int) -> Launch:
+        """The same rows, one step on, enqueued just now."""
+        launch = Launch(self.shape, self.variant, self.rows, self._lanes, self._logits, number)
+        launch._steps_on = self._steps_on + 1
+        return launch
+
+    @property
+    def over(self) -> bool:
+        """Whether the static buffers hold another step by now."""
+        return self._over
+
+    @property
+    def tapped(self) -> bool:
+        """Whether sites' values were kept."""
+        return self.variant != "plain"
+
+    def value(self, row: BatchRow, lane: int) -> LaunchValues:
+        """What it left for a row."""
+        found = LaunchValues(row.step, lane, self, row.wants)
+        self._values.add(found)
+        return found
+
+    def tokens(self) -> list[int]:
+        """Each lane's most likely next token; waits for the device."""
+        if self._read is None:
+            if self._arrived is not None:
+                self._arrived.synchronize()
+            self._read = self._tokens.tolist()
+        return self._read
+
+    def serves(self, row: BatchRow, lane: int) -> bool:
+        """Whether this launch, made ahead, ran just the step that a row asks for."""
+        mine = self.rows.get(lane)
+        if mine is None or mine.arena_row != row.arena_row or row.step.shape != self.shape:
+            return False
+        if row.wants == "taps" and not self.tapped:
+            return False
+        if mine.step is row.step:
+            return True
+        token = mine.step.tokens[0]
+        if token == UNKNOWN and self._before is not None:
+            token = self._before.tokens()[lane]
+        return token == row.step.tokens[0] and _same_step(mine.step, row.step)
+
+    def taken(self) -> None:
+        """It serves from now on; where its tokens came from no longer matters."""
+        self._before = None
+
+    def leads_to(self, rows: Mapping[int, BatchRow], shape: ProgramShape) -> bool:
+        """Whether the inputs that it left on the device are already those of ``rows``."""
+        if shape != self.shape or rows.keys() != self.rows.keys():
+            return False
+        for lane, row in rows.items():
+            mine, token = self.rows[lane], row.step.tokens[0]
+            if mine.arena_row != row.arena_row or mine.step.stop + self._steps_on != row.step.start:
+                return False
+            if token != UNKNOWN and token != self.tokens()[lane]:
+                return False
+        return True
+
+    def end(self) -> None:
+        """The buffers will be overwritten: copy what somebody still wants of them."""
+        if self._over:
+            return
+        wanted = [value for value in self._values if value.wants != "token"]
+        if wanted:
+            lanes = {value.lane for value in wanted}
+            tapped = any(value.wants == "taps" for value in wanted)
+            snapshot = self._snapshot(next(iter(lanes)) if len(lanes) == 1 else None, tapped=tapped)
+            for value in wanted:
+                value.keep(snapshot)
+        self._over = True
+
+    def _snapshot(self, lane: int | None, *, tapped: bool) -> Snapshot:
+        chosen = slice(0, self.shape.rows) if lane is None else slice(lane, lane + 1)
+        with torch.inference_mode(False), torch.no_grad():
+            taps = tuple(tap[:, chosen].clone() for tap in self._lanes.taps) if tapped and self.tapped else ()
+            return Snapshot(chosen.start, self._logits()[chosen].clone(), taps)
+
+    def here(self) -> Snapshot:
+        """The static buffers themselves, while they hold this step."""
+        return Snapshot(0, self._logits(), tuple(self._lanes.taps) if self.tapped else ())
+
+    def place(self, site: Site) -> tuple[int, int] | None:
+        """Where the taps hold a site: which buffer, and at which index."""
+        return self._lanes.tap_of.get(site.name)
+
+
+class LaunchValues:
+    """What a launched step left for one row.
+
+    Attributes:
+        step: the step.
+        lane: its lane.
+        wants: what may be asked of it later: ``"token"``, ``"logits"`` or ``"taps"``.
+    """
+
+    def __init__(self, step: Step, lane: int, launch: Launch, wants: Wants) -> None:
+        self.step, self.lane, self.wants = step, lane, wants
+        self._launch = launch
+        self._kept: Snapshot | None = None
+
+    def keep(self, snapshot: Snapshot) -> None:
+        """Read from a snapshot from now on."""
+        self._kept = snapshot
+
+    def _source(self) -> Snapshot | None:
+        if self._kept is not None:
+            return self._kept
+        return None if self._launch.over else self._launch.here()
+
+    @property
+    def token(self) -> int | None:
+        """The most likely next token; waits for the device."""
+        return self._launch.tokens()[self.lane]
+
+    def has(self, site: Site) -> bool:
+        """Whether the value of ``site`` can still be read."""
+        source = self._source()
+        return source is not None and bool(source.taps) and self._launch.place(site) is not None
+
+    def value(self, site: Site) -> torch.Tensor:
+        """Value of ``site``, ``[1, *feature_shape]``; a view, copy before handing it out."""
+        source, place = self._source(), self._launch.place(site)
+        if source is None or not source.taps or place is None:
+            raise InternalError(f"the value of {site.name!r} was not kept")
+        lane = self.lane - source.first
+        return source.taps[place[0]][place[1], lane : lane + 1]
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """Logits of the step, ``[1, vocab]``; a view."""
+        source = self._source()
+        if source is None:
+            raise InternalError("the logits of a step were not kept")
+        return source.logits[self.lane - source.first]
+
+
+def _same_step(ahead: Step, step: Step) -> bool:
+    """Whether a step launched ahead is ``step`` but for its token."""
+    return (
+        ahead.start == step.start
+        and len(step.steering) == len(ahead.steering) == 1
+        and ahead.steering[0][1] is step.steering[0][1]
+        and not (step.injections or ahead.injections)
+        and (ahead.last_prompt, ahead.sampled) == (step.last_prompt, step.sampled)
+    )
+
+
+def to_host(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+    """A copy of a small tensor on the host, which arrives when the event has passed."""
+    if numbers.device.type == "cpu":
+        return numbers.clone(), None
+    host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+    host.copy_(numbers, non_blocking=True)
+    return host, passed(numbers.device)
+
+
+def passed(device: torch.device) -> torch.cuda.Event | None:
+    """An event that passes when all is done that was enqueued so far; None on the CPU, where it is done."""
+    if device.type == "cpu":
+        return None
+    event = torch.cuda.Event()
+    event.record()
+    return event

@@ -1,0 +1,54 @@
+"""The engine's lock, which is also the way onto the engine's stream."""
+
+from __future__ import annotations
+
+import threading
+from types import TracebackType
+
+import torch
+
+
+class EngineLock:
+    """A re-entrant lock; while it is held, work is enqueued on the device's default stream.
+
+    Calls may come from any thread and under any stream. The engine's work waits for what the caller enqueued before,
+    and what the caller enqueues afterwards waits for the engine's: nobody has to synchronise by hand.
+
+    Args:
+        device: the model's device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._lock = threading.RLock()
+        self._device = device
+        self._depth = 0
+        self._caller: torch.cuda.Stream | None = None
+
+    def __enter__(self) -> EngineLock:
+        self._lock.acquire()
+        self._depth += 1
+        if self._depth == 1 and self._device.type == "cuda":
+            self._come()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if self._depth == 1 and self._caller is not None:
+                self._leave(self._caller)
+        finally:
+            self._depth -= 1
+            self._lock.release()
+
+    def _come(self) -> None:
+        own, caller = torch.cuda.default_stream(self._device), torch.cuda.current_stream(self._device)
+        if own != caller:
+            own.wait_stream(caller)
+            torch.cuda.set_stream(own)
+            self._caller = caller
+
+    def _leave(self, caller: torch.cuda.Stream) -> None:
+        self._caller = None
+        caller.wait_stream(torch.cuda.default_stream(self._device))
+        torch.cuda.set_stream(caller)

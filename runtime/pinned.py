@@ -1,0 +1,205 @@
+"""Host memory for checkpoints and offloaded sessions: slabs of our own, with a hard bound.
+
+torch's allocator of pinned memory rounds sizes up to powers of two and keeps what it once had. Here slabs are made when
+needed, blocks are cut from them first-fit, and a block goes back when nobody refers to its tensor any more *and* the
+last copy that touches it is through.
+"""
+
+from __future__ import annotations
+
+import bisect
+import mmap
+import threading
+import weakref
+from collections import deque
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from djinn_fx.errors import CapacityError
+
+#: Bytes of a slab; a longer block gets one of its own size.
+SLAB = 64 << 20
+
+#: Blocks begin and end at multiples of this, whole slabs at multiples of a page.
+ALIGNMENT, PAGE = 256, 4096
+
+
+@dataclass(eq=False)
+class _Lease:
+    """A stretch of a slab that somebody has."""
+
+    slab: _Slab
+    offset: int
+    size: int
+    until: torch.cuda.Event | None = None
+
+    def over(self) -> bool:
+        """Whether no copy touches it any more."""
+        return self.until is None or self.until.query()
+
+
+class _Slab:
+    """One stretch of host memory and what of it is free: ``(offset, size)`` in order, no two adjoining."""
+
+    def __init__(self, nbytes: int, pinned: bool) -> None:
+        self.nbytes, self.free = nbytes, [(0, nbytes)]
+        if not pinned:
+            self.memory = np.empty(nbytes, dtype=np.uint8)
+            return
+        # Registered rather than allocated by CUDA: the size is exact, and the system has it back at once when it goes.
+        self.memory = np.frombuffer(mmap.mmap(-1, nbytes), dtype=np.uint8)
+        place = self.memory.ctypes.data
+        refused = int(torch.cuda.cudart().cudaHostRegister(place, nbytes, 0))
+        if refused:
+            raise CapacityError(
+                f"the system refuses to pin {nbytes} bytes of host memory (CUDA error {refused}). Free host memory, "
+                "raise the limit of locked memory (ulimit -l), or compile with a smaller pinned_bytes."
+            )
+        weakref.finalize(self, _unpin, place).atexit = False
+
+    @property
+    def whole(self) -> bool:
+        """Whether all of it is free."""
+        return self.free == [(0, self.nbytes)]
+
+    def take(self, size: int) -> int | None:
+        """The offset of the first free stretch that is long enough, taken; None if there is none."""
+        for index, (offset, length) in enumerate(self.free):
+            if length >= size:
+                self.free[index : index + 1] = [(offset + size, length - size)] if length > size else []
+                return offset
+        return None
+
+    def give(self, offset: int, size: int) -> None:
+        """Make a stretch free again, one with its neighbours."""
+        index = bisect.bisect(self.free, (offset, size))
+        end, first, last = offset + size, index, index
+        if last < len(self.free) and self.free[last][0] == end:
+            end += self.free[last][1]
+            last += 1
+        if first and sum(self.free[first - 1]) == offset:
+            first -= 1
+            offset = self.free[first][0]
+        self.free[first:last] = [(offset, end - offset)]
+
+
+class Block:
+    """Host memory that belongs to whoever holds :attr:`tensor` or a view of it.
+
+    Attributes:
+        tensor: uint8 ``[nbytes]``, at a multiple of :data:`ALIGNMENT`.
+    """
+
+    def __init__(self, tensor: torch.Tensor, lease: _Lease) -> None:
+        self.tensor, self._lease = tensor, lease
+
+    def busy_until(self, event: torch.cuda.Event) -> None:
+        """Nobody else may have this memory before ``event`` has passed, even if it is dropped."""
+        self._lease.until = event
+
+
+class HostPool:
+    """Slabs of host memory and the blocks cut from them; any thread may take and drop.
+
+    Args:
+        limit: bytes that all slabs together may take.
+        pinned: whether the memory is pinned for a GPU, else it is ordinary memory.
+        slab: bytes of a slab.
+    """
+
+    def __init__(self, limit: int, *, pinned: bool, slab: int = SLAB) -> None:
+        self.limit, self._pinned, self._slab = limit, pinned, slab
+        self._slabs: list[_Slab] = []
+        self._lock = threading.Lock()
+        # Dropped blocks. Only appended to by the collector, which may run anywhere, inside our own lock too.
+        self._dropped: deque[_Lease] = deque()
+
+    @property
+    def capacity(self) -> int:
+        """Bytes of all slabs."""
+        return sum(slab.nbytes for slab in self._slabs)
+
+    @property
+    def used(self) -> int:
+        """Bytes of all blocks that are held, or whose last copy is still under way."""
+        with self._lock:
+            self._reap()
+            return self.capacity - sum(size for slab in self._slabs for _, size in slab.free)
+
+    def take(self, nbytes: int) -> Block:
+        """A block of ``nbytes``, its contents undefined.
+
+        It waits for the device only where memory would run out else, for copies of blocks already dropped.
+
+        Raises:
+            CapacityError: the bound would be passed, or the system has no more memory to pin.
+        """
+        size = max(ALIGNMENT, _up(nbytes, ALIGNMENT))
+        with self._lock:
+            self._reap()
+            lease = self._find(size) or self._grow(size) or self._scrape(size)
+            if lease is None:
+                taken = self.capacity - sum(length for slab in self._slabs for _, length in slab.free)
+                raise CapacityError(
+                    f"a checkpoint or an offloaded session needs {nbytes} bytes of host memory in one piece, and "
+                    f"{taken} of pinned_bytes={self.limit} are taken. Drop checkpoints that are not needed (save() "
+                    "them first), close an offloaded session, or compile with a larger pinned_bytes."
+                )
+            memory = lease.slab.memory[lease.offset : lease.offset + nbytes]
+        weakref.finalize(memory, self._dropped.append, lease).atexit = False
+        with outside_inference():
+            return Block(torch.from_numpy(memory), lease)
+
+    def _find(self, size: int) -> _Lease | None:
+        for slab in self._slabs:
+            offset = slab.take(size)
+            if offset is not None:
+                return _Lease(slab, offset, size)
+        return None
+
+    def _grow(self, size: int) -> _Lease | None:
+        """A block of a new slab, if the bound allows one."""
+        room = self.limit - self.capacity
+        if size > room:
+            return None
+        self._slabs.append(_Slab(min(max(self._slab, _up(size, PAGE)), room), self._pinned))
+        return self._find(size)
+
+    def _scrape(self, size: int) -> _Lease | None:
+        """The last resort: wait for copies of dropped blocks, then give slabs back for one that is long enough."""
+        for lease in tuple(self._dropped):
+            if lease.until is not None:
+                lease.until.synchronize()
+        self._reap()
+        found = self._find(size)
+        if found is None:
+            self._slabs = [slab for slab in self._slabs if not slab.whole]
+            found = self._grow(size)
+        return found
+
+    def _reap(self) -> None:
+        """Make free what was dropped and is no longer touched; the caller holds the lock."""
+        for _ in range(len(self._dropped)):
+            lease = self._dropped.popleft()
+            if lease.over():
+                lease.slab.give(lease.offset, lease.size)
+            else:
+                self._dropped.append(lease)
+
+
+def outside_inference() -> AbstractContextManager[object]:
+    """Where tensors are made that live longer than a call: those of inference mode could not be written outside it."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+
+
+def _up(nbytes: int, step: int) -> int:
+    return -(-nbytes // step) * step
+
+
+def _unpin(place: int) -> None:
+    """Give pinned memory back to the system, after the last copy that may touch it."""
+    torch.cuda.synchronize()
+    torch.cuda.cudart().cudaHostUnregister(place)

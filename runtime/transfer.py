@@ -1,0 +1,257 @@
+"""Transfers: a row's KV to host memory and back, on a stream of their own; the host waits for nothing.
+
+On CUDA a row is packed into a staging buffer, one launch a piece, and sent with one asynchronous copy a piece; the way
+back is the mirror. The copy stream begins behind all that the compute stream was given so far. The compute stream
+waits for it only where something would overwrite what is still being read (:meth:`KVArena.settle`), and before it goes
+on with a row that has come back. On the CPU the same calls copy, at once.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from djinn_fx.errors import CapacityError
+from djinn_fx.kernels.rows import RowLayout
+from djinn_fx.runtime.arena import KVArena
+from djinn_fx.runtime.pinned import Block, HostPool, outside_inference
+
+#: Bytes of the staging buffer on the device, hence of the longest piece.
+STAGING = 32 << 20
+
+#: What follows the KV in a block begins at a multiple of this.
+_GAP = 64
+
+
+@dataclass(eq=False)
+class Parked:
+    """KV of one row in host memory, perhaps still on its way.
+
+    Attributes:
+        block: where it lies, packed.
+        layout: how.
+        length: its positions.
+        nbytes: its bytes.
+        arrived: passes when it is there; None on the CPU.
+    """
+
+    block: Block
+    layout: RowLayout
+    length: int
+    nbytes: int
+    arrived: torch.cuda.Event | None = None
+
+    def tensors(self, length: int | None = None) -> list[torch.Tensor]:
+        """Keys and values of each layer, ``[heads, length, dim]``, in the order of ``KVArena.env``.
+
+        The host waits until they are there. They are views that nobody may write; they keep the memory.
+        """
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        found = self.layout.views(self.block.tensor, self.length)
+        return found if length is None else [tensor[:, :length] for tensor in found]
+
+
+@dataclass(eq=False)
+class Sent:
+    """What one checkpoint sent.
+
+    Attributes:
+        parked: the KV; None if none was asked for.
+        extra: the tensor that went with it, on the host; None if there was none.
+        arrived: passes when both are there; None on the CPU.
+    """
+
+    parked: Parked | None
+    extra: torch.Tensor | None
+    arrived: torch.cuda.Event | None
+
+
+def fetch(tensors: Mapping[str, torch.Tensor], pool: HostPool) -> dict[str, torch.Tensor]:
+    """Tensors on the host: those that lie there as they are, the others copied; the host waits for them.
+
+    The copies are views of one block of ``pool``, or where that has no room left, ordinary memory.
+
+    Args:
+        tensors: whatever is to come; on a GPU each must be computed already, not just enqueued.
+        pool: where the block comes from.
+    """
+    far = {name: tensor for name, tensor in tensors.items() if not tensor.is_cpu}
+    if not far:
+        return dict(tensors)
+    sizes = [-(-tensor.nbytes // _GAP) * _GAP for tensor in far.values()]
+    try:
+        memory = pool.take(sum(sizes)).tensor
+    except CapacityError:
+        return {name: tensor.cpu() for name, tensor in tensors.items()}
+    found, offset = dict(tensors), 0
+    stream = torch.cuda.Stream(next(iter(far.values())).device)
+    with torch.cuda.stream(stream):
+        for (name, tensor), size in zip(far.items(), sizes, strict=True):
+            found[name] = memory[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            found[name].copy_(tensor, non_blocking=True)
+            offset += size
+    stream.synchronize()
+    return found
+
+
+class Transfer:
+    """Moves rows of an arena to host memory and back; the caller holds the engine's lock.
+
+    Args:
+        arena: whose rows.
+        pool: where host memory comes from.
+        staging: bytes of the staging buffer, made at the first transfer.
+    """
+
+    def __init__(self, arena: KVArena, pool: HostPool, staging: int = STAGING) -> None:
+        self._arena, self._pool, self._limit = arena, pool, staging
+        self._staging: torch.Tensor | None = None
+        self._stream: torch.cuda.Stream | None = None
+        self._begun: torch.cuda.Event  # how far the compute stream had come; made with the copy stream
+        # Device tensors that are being sent; kept until they are through.
+        self._flying: deque[tuple[torch.cuda.Event, torch.Tensor]] = deque()
+
+    @property
+    def staging_bytes(self) -> int:
+        """Bytes of device memory that it takes."""
+        return 0 if self._staging is None else self._staging.nbytes
+
+    def send(self, row: int | None, length: int, extra: torch.Tensor | None = None) -> Sent:
+        """Begin to copy positions ``[0, length)`` of a row to the host, and one tensor with it.
+
+        Args:
+            row: the row; None sends ``extra`` alone.
+            length: how many positions.
+            extra: contiguous, on the arena's device, not written from now on. On the CPU it is kept as it is.
+
+        Raises:
+            CapacityError: no host memory is left, or no device memory to stage in; nothing was begun.
+        """
+        packer, cuda = self._arena.packer, self._arena.device.type == "cuda"
+        size = 0 if row is None else length * packer.width
+        start = -(-size // _GAP) * _GAP
+        block = self._pool.take(start + extra.nbytes if cuda and extra is not None else size)
+        parked = None if row is None else Parked(block, packer.layout, length, size)
+        if not cuda:
+            if row is not None:
+                for piece in packer.pieces(length, size):
+                    packer.pack(row, piece, block.tensor)
+            return Sent(parked, extra, None)
+        stream, compute, staging = self._ready()
+        place = None
+        with _current(stream, compute):
+            if row is not None and length:
+                self._pack(row, length, block.tensor, staging, stream)
+            if extra is not None:
+                place = block.tensor[start:].view(extra.dtype).view(extra.shape)
+                place.copy_(extra, non_blocking=True)
+        arrived = stream.record_event()
+        block.busy_until(arrived)
+        if parked is not None:
+            parked.arrived = arrived
+        if extra is not None:
+            self._flying.append((arrived, extra))
+        return Sent(parked, place, arrived)
+
+    def receive(self, parked: Parked, row: int) -> None:
+        """Begin to copy what was parked into a row; the compute stream goes on when it is there.
+
+        Raises:
+            CapacityError: no device memory to stage in; nothing was begun.
+        """
+        packer = self._arena.packer
+        memory = parked.block.tensor
+        if self._arena.device.type != "cuda":
+            for piece in packer.pieces(parked.length, parked.nbytes):
+                packer.unpack(memory, row, piece)
+            return
+        stream, compute, staging = self._ready()
+        if parked.arrived is not None:
+            stream.wait_event(parked.arrived)  # another model's stream may have sent it
+        with _current(stream, compute):
+            for piece in packer.pieces(parked.length, staging.numel()):
+                there = memory[piece.offset : piece.offset + piece.nbytes]
+                staging[: piece.nbytes].copy_(there, non_blocking=True)
+                packer.unpack(staging, row, piece)
+        done = stream.record_event()
+        parked.block.busy_until(done)
+        compute.wait_event(done)
+
+    def warm(self) -> None:
+        """Make what the first transfer would have to make: staging, the first slab, the kernels.
+
+        Raises:
+            CapacityError: as :meth:`send`.
+        """
+        spare = self._arena.spare_row
+        sent = self.send(spare, 1)
+        if sent.parked is not None:
+            self.receive(sent.parked, spare)
+        self._arena.copy(spare, [spare], 1)
+
+    def _pack(
+        self, row: int, length: int, memory: torch.Tensor, staging: torch.Tensor, stream: torch.cuda.Stream
+    ) -> None:
+        packer = self._arena.packer
+        pieces = packer.pieces(length, staging.numel())
+        for piece in pieces:
+            packer.pack(row, piece, staging)
+            if piece is pieces[-1]:
+                # From here on the row may be overwritten: what is still to be sent lies in the staging buffer.
+                self._arena.reading(row, stream.record_event())
+            memory[piece.offset : piece.offset + piece.nbytes].copy_(staging[: piece.nbytes], non_blocking=True)
+
+    def _ready(self) -> tuple[torch.cuda.Stream, torch.cuda.Stream, torch.Tensor]:
+        """The copy stream, behind all that the compute stream was given so far; that stream; the staging buffer."""
+        while self._flying and self._flying[0][0].query():
+            self._flying.popleft()
+        device = self._arena.device
+        if self._stream is None:
+            self._stream, self._begun = torch.cuda.Stream(device), torch.cuda.Event()
+        if self._staging is None:
+            self._staging = self._make_staging(self._stream)
+        compute = torch.cuda.current_stream(self._stream.device_index)
+        self._begun.record(compute)
+        self._stream.wait_event(self._begun)
+        return self._stream, compute, self._staging
+
+    def _make_staging(self, stream: torch.cuda.Stream) -> torch.Tensor:
+        packer = self._arena.packer
+        widest = max((dim for _, dim in packer.layout.shapes), default=1) * packer.layout.dtype.itemsize
+        size = max(min(self._limit, packer.width * self._arena.positions), widest)
+        try:
+            # Of the copy stream's own memory: it is given to nobody else before that stream is through with it.
+            with outside_inference(), torch.cuda.stream(stream):
+                return torch.empty(size, dtype=torch.uint8, device=self._arena.device)
+        except torch.OutOfMemoryError as error:
+            raise CapacityError(
+                f"{size} bytes of device memory are needed to stage copies to the host, and the device has none left. "
+                "Free device memory, or compile with a smaller max_sessions or max_length."
+            ) from error
+
+
+@contextmanager
+def _current(stream: torch.cuda.Stream, before: torch.cuda.Stream) -> Iterator[None]:
+    """Make a copy stream the current one; if something fails there, wait until nothing of it is under way.
+
+    Args:
+        stream: the copy stream.
+        before: the current stream of its device.
+    """
+    # By hand: torch.cuda.stream(...) costs the host three times as much.
+    device = torch.cuda.current_device()
+    torch.cuda.set_stream(stream)
+    try:
+        yield
+    except BaseException:
+        stream.synchronize()  # it must not write into memory that is then given to somebody else
+        raise
+    finally:
+        torch.cuda.set_stream(before)
+        if device != stream.device_index:
+            torch.cuda.set_device(device)

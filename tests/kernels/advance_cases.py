@@ -1,0 +1,43 @@
+"""What the end of a decode step must do, whoever does it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Advance = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
+
+NAN, INF = float("nan"), float("inf")
+
+
+def check(advance: Advance, vocab: int, dtype: torch.dtype, device: str, slots: int = 3) -> None:
+    """Some rows, each with its own trap, over several steps around a ring."""
+    generator = torch.Generator().manual_seed(vocab)
+    logits = torch.randn(7, vocab, generator=generator).to(dtype)
+    last = vocab - 1
+    logits[1] = 1.0  # the first of equals
+    logits[2] = NAN
+    logits[3] = -INF
+    logits[4, 0], logits[4, last] = NAN, 50.0
+    logits[5] = NAN
+    logits[5, last] = -INF  # the only number there is
+    wanted = [int(logits[0].argmax()), 0, 0, 0, last, last, int(logits[6].argmax())]
+    strided = torch.empty(7, 2, vocab, dtype=dtype)
+    strided[:, 0] = logits
+    given = strided.to(device)[:, 0]
+    tokens, positions = torch.full((7,), 9, device=device), torch.arange(7, device=device)
+    lengths = torch.tensor([1, 2, 3, 4, 5, 6, 0], device=device)
+    ring = torch.full((slots, 16), -1, pin_memory=device == "cuda")
+    slot = torch.tensor([slots - 1], device=device)
+    for step in range(2):
+        advance(given, tokens, positions, lengths, slot, ring)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        assert tokens.tolist() == wanted
+        assert positions.tolist() == [place + (step + 1) * (place < 6) for place in range(7)]
+        assert lengths.tolist() == [place + 1 + step + 1 if place < 6 else 0 for place in range(7)]
+        assert slot.tolist() == [slots + step]
+        assert ring[(slots - 1 + step) % slots, :7].tolist() == wanted
+    assert ring[1].eq(-1).all()

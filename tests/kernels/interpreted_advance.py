@@ -1,0 +1,15 @@
+"""The Triton end of a decode step, interpreted on the CPU; run by test_interpreted.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from djinn_fx.kernels.triton_advance import advance
+from tests.kernels.advance_cases import check
+
+
+@pytest.mark.parametrize("vocab", [2, 50, 2048, 5003])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_steps(vocab: int, dtype: torch.dtype) -> None:
+    check(advance, vocab, dtype, "cpu")

@@ -1,0 +1,24 @@
+"""The end of a decode step: the torch twin here, the Triton kernels on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from djinn_fx.kernels.advance import advance
+from tests.kernels.advance_cases import check
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+@pytest.mark.parametrize("vocab", [2, 50, 5003])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_steps(vocab: int, dtype: torch.dtype) -> None:
+    check(advance, vocab, dtype, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("vocab", [2, 50, 2048, 50257, 128256])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_steps_on_a_gpu(vocab: int, dtype: torch.dtype) -> None:
+    check(advance, vocab, dtype, "cuda")

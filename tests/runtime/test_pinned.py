@@ -1,0 +1,168 @@
+"""The pool of host memory: blocks never overlap, what is dropped can be had again, the bound holds."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any, cast
+
+import pytest
+import torch
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+import djinn_fx as djinn
+from djinn_fx.runtime.pinned import ALIGNMENT, Block, HostPool
+
+SLAB, LIMIT = 8192, 40000
+
+
+class Event:
+    """A copy that is through when somebody says so, or when somebody waits for it."""
+
+    def __init__(self) -> None:
+        self.passed = False
+        self.waited = False
+
+    def query(self) -> bool:
+        return self.passed
+
+    def synchronize(self) -> None:
+        self.passed = self.waited = True
+
+
+def busy(block: Block) -> Event:
+    """Let a copy touch the block."""
+    event = Event()
+    block.busy_until(cast(Any, event))
+    return event
+
+
+def rounded(nbytes: int) -> int:
+    return max(ALIGNMENT, -(-nbytes // ALIGNMENT) * ALIGNMENT)
+
+
+class Pool(RuleBasedStateMachine):
+    """Blocks are taken, written, dropped in any order; copies end at any time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = HostPool(LIMIT, pinned=False, slab=SLAB)
+        self.held: list[tuple[Block, int]] = []
+        self.flying: list[tuple[Event, int]] = []  # copies of dropped blocks
+        self.mark = 0
+
+    def taken(self) -> int:
+        self.flying = [(event, size) for event, size in self.flying if not event.passed]
+        return sum(rounded(block.tensor.numel()) for block, _ in self.held) + sum(size for _, size in self.flying)
+
+    @rule(nbytes=st.one_of(st.integers(0, 600), st.integers(0, 12000)))
+    def take(self, nbytes: int) -> None:
+        try:
+            block = self.pool.take(nbytes)
+        except djinn.CapacityError as error:
+            assert "pinned_bytes=40000" in str(error)
+            # Held blocks are what is in the way, in pieces or whole: nothing else is left.
+            assert sum(rounded(one.tensor.numel()) for one, _ in self.held) + rounded(nbytes) > LIMIT - 4 * SLAB
+            return
+        self.mark = (self.mark + 1) % 256
+        assert block.tensor.numel() == nbytes and block.tensor.data_ptr() % 8 == 0
+        self.held.append((block, self.mark))
+        block.tensor.fill_(self.mark)
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data(), copying=st.booleans())
+    def drop(self, data: st.DataObject, copying: bool) -> None:
+        block, _ = self.held.pop(data.draw(st.integers(0, len(self.held) - 1)))
+        if copying:
+            self.flying.append((busy(block), rounded(block.tensor.numel())))
+
+    @precondition(lambda self: self.flying)
+    @rule(data=st.data())
+    def arrive(self, data: st.DataObject) -> None:
+        event, _ = self.flying[data.draw(st.integers(0, len(self.flying) - 1))]
+        event.passed = True
+
+    @invariant()
+    def nothing_overlaps(self) -> None:
+        for block, mark in self.held:
+            assert bool(block.tensor.eq(mark).all())
+
+    @invariant()
+    def bytes_are_counted(self) -> None:
+        assert self.pool.used == self.taken() <= self.pool.capacity <= LIMIT
+
+    def teardown(self) -> None:
+        for event, _ in self.flying:
+            event.passed = True
+        self.held.clear()
+        assert self.pool.used == 0
+        whole = self.pool.take(LIMIT - LIMIT % ALIGNMENT)  # every slab is whole again
+        assert whole.tensor.numel() > LIMIT - ALIGNMENT
+
+
+TestPool = Pool.TestCase
+
+
+def test_the_first_hole_that_fits_is_taken_and_neighbours_join() -> None:
+    pool = HostPool(SLAB, pinned=False, slab=SLAB)
+    blocks: list[Block | None] = [pool.take(1024) for _ in range(8)]
+    places = [block.tensor.data_ptr() for block in blocks if block is not None]
+    assert places == [places[0] + 1024 * index for index in range(8)]
+    for index in (1, 5, 4):
+        blocks[index] = None
+    assert pool.take(2048).tensor.data_ptr() == places[4]
+    for index in (2, 0):
+        blocks[index] = None
+    assert pool.take(3000).tensor.data_ptr() == places[0]
+
+
+def test_a_view_keeps_the_memory() -> None:
+    pool = HostPool(SLAB, pinned=False, slab=SLAB)
+    view = pool.take(4096).tensor.view(torch.int32)[10:].fill_(7)
+    gc.collect()
+    others = [pool.take(512).tensor.fill_(255) for _ in range(8)]
+    assert pool.used == SLAB and bool(view.eq(7).all()) and len(others) == 8
+    del view
+    assert pool.used == SLAB - 4096
+
+
+def test_a_dropped_block_is_given_to_nobody_before_its_copy_is_through() -> None:
+    pool = HostPool(2 * SLAB, pinned=False, slab=SLAB)
+    block = pool.take(SLAB)
+    place, event = block.tensor.data_ptr(), busy(block)
+    del block
+    other = pool.take(SLAB)
+    assert other.tensor.data_ptr() != place and not event.waited
+    last = pool.take(SLAB)  # nothing else is left: now somebody has to wait
+    assert last.tensor.data_ptr() == place and event.waited
+
+
+def test_slabs_give_way_to_a_block_longer_than_any() -> None:
+    pool = HostPool(4 * SLAB, pinned=False, slab=SLAB)
+    blocks = [pool.take(SLAB) for _ in range(4)]
+    with pytest.raises(djinn.CapacityError, match=r"8193 bytes .* and 32768 of pinned_bytes=32768 are taken"):
+        pool.take(SLAB + 1)
+    del blocks[1:]
+    assert pool.take(3 * SLAB).tensor.numel() == 3 * SLAB
+    assert pool.capacity == 4 * SLAB
+
+
+def test_blocks_outlive_their_pool() -> None:
+    pool = HostPool(SLAB, pinned=False, slab=SLAB)
+    block = pool.take(100)
+    del pool
+    gc.collect()
+    assert bool(block.tensor.fill_(3).eq(3).all())
+
+
+@pytest.mark.gpu
+def test_pinned_slabs() -> None:
+    pool = HostPool(1 << 28, pinned=True)
+    block = pool.take(3 << 20)
+    assert block.tensor.is_pinned() and pool.capacity == 64 << 20
+    source = torch.randint(256, (3 << 20,), dtype=torch.uint8, device="cuda")
+    block.tensor.copy_(source, non_blocking=True)
+    torch.cuda.synchronize()
+    assert torch.equal(block.tensor, source.cpu())
+    large = pool.take(100 << 20)
+    assert large.tensor.is_pinned() and pool.capacity == 164 << 20
