@@ -128,6 +128,7 @@ def compile(
         eos=_eos_of(model),
         vocab_size=source.vocab_size or 0,
         pinned_bytes=pinned_bytes,
+        chunk_step=4 if backend == "inductor" else 2,  # each size is a compilation
         static=backend == "inductor",
     )
     chosen = ("resid_post",) if sites is None else (sites,) if isinstance(sites, str) else tuple(sites)

@@ -74,7 +74,7 @@ class Dj(Looking):
             device=source.device,
             tokenizer=tokenizer,
             guard=guard.check,
-            identity=Identity(guard.tensors, dict(source.config), source.model_type, {"backend": backend}),
+            identity=Identity(guard.tensors, dict(source.config), source.model_type, _build_choices(source, backend)),
         )
         observing = ProgramCache(partial(_build, source, store, options.edit_rank, arena, lower_eager, "sites"))
         self.observer = Observer(
@@ -320,6 +320,12 @@ def _build(
         cuts=decode_cuts if shape.query == 1 else "sites",
         grouped=decode_cuts == "layers" and shape.query == 1 and _has_own_products(source),
     )
+
+
+def _build_choices(source: Source, backend: str) -> dict[str, str]:
+    """What decides bits beside the model, the device and the versions."""
+    kernels = "triton" if source.device.type == "cuda" and uses_triton() else "torch"
+    return {"backend": backend, "kernels": kernels}
 
 
 def _has_own_products(source: Source) -> bool:

@@ -1,18 +1,19 @@
-"""Whether the variants of a program agree bit for bit, measured when a variant is first made.
+"""Whether compiled programs agree, with one another and with their graphs, measured when each is first made.
 
 A session's steps run in the cheapest variant that has what is armed, so a step may run in another variant when it runs
 again, and a prompt chunk may go on in a richer one. That is right only if what both have gives the same bits in both.
-Compilers promise nothing of the kind; so each new variant is compared with those there are, on a probe in the spare
-row of the arena, which no session reads.
+Compilers promise nothing of the kind; so each new program is compared with the variants there are, with its rows in
+another order, and with itself stopped and resumed, on a probe in the spare row of the arena, which no session reads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
+from djinn_fx.errors import CaptureMismatch
 from djinn_fx.program import LOGITS, Program
 from djinn_fx.runtime.arena import KVArena
 from djinn_fx.runtime.bits import same_bits
@@ -30,24 +31,34 @@ VARIANTS: tuple[Variant, ...] = ("plain", "armed", "rank")
 FACTOR = 0.9
 
 
+#: How far a compiled program may be from its own graph run op by op, in units in the last place of the largest logit.
+COMPILER_ULPS = 16
+
+
 @dataclass(frozen=True)
-class Agreement:
-    """One comparison of two variants of a shape.
+class Finding:
+    """One comparison of a program.
 
     Attributes:
         shape: the program's shape.
-        variants: which two.
-        exact: whether logits and sites' values were equal bit for bit.
+        name: what was compared.
+        exact: whether it held: bit for bit, or within ``tolerance`` where that is not 0.
+        worst: largest difference.
+        tolerance: the yardstick; 0 for bitwise comparisons.
+        variants: the poorer and the richer one, where two variants were compared.
     """
 
     shape: ProgramShape
-    variants: tuple[Variant, Variant]
+    name: str
     exact: bool
+    worst: float = 0.0
+    tolerance: float = 0.0
+    variants: tuple[Variant, Variant] | None = None
 
 
 @dataclass
 class Agreements:
-    """What was found of the variants of one model's programs.
+    """What was found of one model's compiled programs.
 
     Attributes:
         arena: the KV of all sessions; only the spare row is touched.
@@ -63,36 +74,80 @@ class Agreements:
     device: torch.device
     rank: int
     vocab: int
-    found: list[Agreement] = field(default_factory=list)
+    found: list[Finding] = field(default_factory=list)
     _seen: dict[tuple[ProgramShape, tuple[Site, ...]], dict[Variant, Program]] = field(default_factory=dict, repr=False)
 
     def least(self, shape: ProgramShape, variant: Variant) -> Variant:
         """The variant to use where ``variant`` would do: a richer one if they were found to disagree."""
         for known in self.found:
-            if known.shape == shape and not known.exact and known.variants[0] == variant:
+            if known.variants is not None and known.shape == shape and not known.exact and known.variants[0] == variant:
                 return self.least(shape, known.variants[1])
         return variant
 
+    def pending(self) -> tuple[str, ...]:
+        """The variants that are compared once they are needed and made, in words."""
+        missing = []
+        for (shape, _), made in self._seen.items():
+            missing += [f"{describe(shape)}, {variant}" for variant in VARIANTS if variant not in made]
+        return tuple(dict.fromkeys(missing))
+
     @torch.no_grad()
     def admit(self, program: Program) -> None:
-        """Compare a new program with the other variants of its shape and sites."""
+        """Compare a new program with its own graph, with the other variants of its shape, and with itself.
+
+        Raises:
+            CaptureMismatch: the compiler made something else of the graph.
+        """
         others = self._seen.setdefault((program.shape, program.sites), {})
         if program.variant in others:
             return
+        first = self._probe(program, {})
+        if not others:
+            self._compare_graph(program, first)
+            if program.shape.rows > 1:
+                self._compare_permuted(program, first)
         for other in others.values():
-            poor, rich = sorted((program, other), key=lambda each: VARIANTS.index(each.variant))
-            exact = self._equal(poor, rich, {})
-            if exact and poor.variant != "plain":
-                exact = self._equal(poor, rich, self._edits(program.sites))
-            self.found.append(Agreement(program.shape, (poor.variant, rich.variant), exact))
+            self._compare_variants(*sorted((program, other), key=lambda each: VARIANTS.index(each.variant)))
+        if program.variant == "armed" and program.shape.query == 1:
+            self._compare_resumed(program, first)
         others[program.variant] = program
 
-    def pending(self) -> tuple[str, ...]:
-        """The comparisons that wait until a variant is needed and made, in words."""
-        missing = []
-        for (shape, _), made in self._seen.items():
-            missing += [f"{describe(shape)}: {variant}" for variant in VARIANTS if variant not in made]
-        return tuple(dict.fromkeys(missing))
+    # -- comparisons ---------------------------------------------------------------------------
+
+    def _compare_graph(self, program: Program, first: Env) -> None:
+        plain = self._probe(as_graph(program), {})
+        worst = difference(first[LOGITS], plain[LOGITS])
+        finite = plain[LOGITS][torch.isfinite(plain[LOGITS])]
+        largest = float(finite.abs().max()) if finite.numel() else 1.0
+        tolerance = COMPILER_ULPS * torch.finfo(self.dtype).eps * max(largest, 1e-30)
+        name = "compiled = op by op"
+        self.found.append(Finding(program.shape, name, worst <= tolerance, worst, tolerance))
+        if worst > tolerance:
+            raise CaptureMismatch(
+                f"{describe(program.shape)}: compiled, the logits differ by {worst:.3g} from the same graph run op by "
+                f"op (tolerance {tolerance:.3g}). It would run wrong, so it is refused. backend='eager' runs the graph "
+                "as it is."
+            )
+
+    def _compare_variants(self, poor: Program, rich: Program) -> None:
+        exact = self._equal(poor, rich, {})
+        if exact and poor.variant != "plain":
+            exact = self._equal(poor, rich, self._edits(poor.sites))
+        name = f"{poor.variant} = {rich.variant}"
+        self.found.append(Finding(poor.shape, name, exact, variants=(poor.variant, rich.variant)))
+
+    def _compare_permuted(self, program: Program, first: Env) -> None:
+        order = list(reversed(range(min(program.shape.rows, self.arena.positions))))
+        turned = self._probe(program, {}, order=order)
+        exact = same_bits(turned[LOGITS][: len(order)], first[LOGITS][order])
+        self.found.append(Finding(program.shape, "rows permuted", exact))
+
+    def _compare_resumed(self, program: Program, first: Env) -> None:
+        exact = True
+        for site in program.sites:
+            again = self._probe(program, {}, injected={site.name: first[site.name][0].clone()})
+            exact = exact and same_bits(again[LOGITS], first[LOGITS])
+        self.found.append(Finding(program.shape, "stopped and resumed = uninterrupted", exact))
 
     def _edits(self, sites: Sequence[Site]) -> dict[str, Armed]:
         edits = {}
@@ -101,31 +156,53 @@ class Agreements:
             edits[site.name] = arm(0, edit, site, site.dtype or self.dtype, self.device, self.rank)
         return edits
 
-    def _equal(self, poor: Program, rich: Program, edits: dict[str, Armed]) -> bool:
+    def _equal(self, poor: Program, rich: Program, edits: Mapping[str, Armed]) -> bool:
         first, second = self._probe(poor, edits), self._probe(rich, edits)
         names = [LOGITS, *(site.name for site in poor.sites if site.name in first and site.name in second)]
         return all(same_bits(first[name], second[name]) for name in names)
 
-    def _probe(self, program: Program, edits: dict[str, Armed]) -> Env:
-        """Run a program on the first positions of the spare row."""
+    # -- the probe -----------------------------------------------------------------------------
+
+    def _probe(
+        self,
+        program: Program,
+        edits: Mapping[str, Armed],
+        *,
+        order: Sequence[int] = (),
+        injected: Mapping[str, torch.Tensor] | None = None,
+    ) -> Env:
+        """Run a program on the first positions of the spare row.
+
+        A decode program's rows take one position each, in ``order``; ``injected`` goes into the first row.
+        """
         shape = program.shape
         count = min(shape.query, self.arena.positions)
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(0, self.vocab, (shape.rows, count), generator=generator).tolist()
-        steering = ((-1, edits),)
-        batch = [
-            BatchRow(
-                self.arena.spare_row,
-                Step(row if count == 1 else 0, tuple(tokens[row]), (False,) * count, -1, shape, steering),
-            )
-            for row in range(min(shape.rows, self.arena.positions))
-        ]
+        batch = []
+        for row in order or range(min(shape.rows, self.arena.positions)):
+            start = row if count == 1 else 0
+            step = Step(start, tuple(tokens[row]), (False,) * count, -1, shape, ((-1, edits),), injected or {})
+            batch.append(BatchRow(self.arena.spare_row, step))
+            injected = None
         env = step_inputs(batch, shape, self.arena.spare_row, self.device)
         tables = steering_inputs(batch, shape, program.variant, program.sites, self.dtype, self.device, self.rank)
         env |= tables | self.arena.env
         run_segments(program, env, 0, len(program.segments) - 1)
-        env |= {site.name: tables[f"{site.name}:tap"] for site in program.sites if f"{site.name}:tap" in tables}
-        return env
+        return env | {site.name: tables[f"{site.name}:tap"] for site in program.sites if f"{site.name}:tap" in tables}
+
+
+def as_graph(program: Program) -> Program:
+    """The same program, its segments run op by op."""
+    return replace(program, segments=tuple(replace(each, run=each.graph.forward) for each in program.segments))
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest absolute difference; where both are NaN, or the same infinity, it is 0."""
+    wide_a, wide_b = a.double(), b.double()
+    gap = (wide_a - wide_b).abs()
+    gap = torch.where((wide_a == wide_b) | (wide_a.isnan() & wide_b.isnan()), 0.0, gap)
+    return float(torch.nan_to_num(gap, nan=float("inf")).max()) if gap.numel() else 0.0
 
 
 def describe(shape: ProgramShape) -> str:

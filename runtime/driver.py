@@ -63,6 +63,7 @@ def iterate(engine: Engine, runs: Sequence[Run]) -> list[Stop]:
             groups = _launch(engine, moving)
         _ask(engine, groups)
         with engine.lock:
+            _draw_together(engine, groups)
             _look_ahead(engine, moving, groups)
         for run in moving:
             stops[id(run)] = _seek(engine, run)
@@ -130,12 +131,30 @@ def _launch(engine: Engine, runs: Sequence[Run]) -> list[list[Run]]:
         batch = [planner.batch_row(run) for run in group]
         for run, values in zip(group, executor.decode(batch), strict=True):
             launched = planner.flight_of(run)
-            launched.values, launched.answers = values, {}
+            launched.values, launched.answers, launched.drawn = values, {}, None
     for run in runs:
         flight = run.flight
         if flight is not None and not flight.step.decodes and flight.chunk is None:
             flight.chunk = executor.begin(BatchRow(run.session.row, flight.step))
+            if groups and executor.loop is not None:
+                break  # one chunk between two decode steps: nobody who decodes shall wait for all prompts
     return groups
+
+
+@torch.no_grad()
+def _draw_together(engine: Engine, groups: Sequence[Sequence[Run]]) -> None:
+    """Draw the tokens of decoded rows in few launches, on CUDA, where a row's draw does not depend on its place."""
+    if engine.device.type != "cuda":
+        return
+    for runs in planner.drawn_together([run for group in groups for run in group]):
+        flights = [planner.flight_of(run) for run in runs]
+        seeds = torch.tensor([run.session.seed for run in runs], dtype=torch.int64)
+        places = torch.tensor([flight.step.stop for flight in flights], dtype=torch.int64)
+        logits = torch.cat([flight.logits()[-1:] for flight in flights])
+        for flight, token in zip(
+            flights, sample(logits, runs[0].options.sampling, seeds, places).tolist(), strict=True
+        ):
+            flight.drawn = token
 
 
 def _ask(engine: Engine, groups: Sequence[Sequence[Run]]) -> None:
@@ -252,7 +271,9 @@ def _commit(engine: Engine, run: Run, flight: Flight) -> int | None:
     with engine.lock:
         session, options = run.session, run.options
         ends = flight.step.stop == len(session.token_list)
-        known = flight.token if ends and options.kind == "generate" and not options.sampling.do_sample else None
+        known = None
+        if ends and options.kind == "generate":
+            known = flight.drawn if options.sampling.do_sample else flight.token
         record = _recorded(run, flight, ends=ends)
         session.journal.append(flight.step)
         session.length = flight.step.stop

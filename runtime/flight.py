@@ -27,6 +27,7 @@ class Flight:
         passed: order of the last site that was delivered or passed; -1 at the start.
         values: a decode step's values, once executed.
         chunk: a prompt chunk's execution, once begun.
+        drawn: the token that a decode step's logits come to, where it was drawn ahead.
         answers: what predicates said of a decode step's values, by breakpoint and site.
     """
 
@@ -34,6 +35,7 @@ class Flight:
     passed: int = -1
     values: RowValues | None = None
     chunk: Chunk | None = None
+    drawn: int | None = None
     answers: dict[tuple[int, str], Answer] = field(default_factory=dict)
 
     def sites(self, compiled: tuple[Site, ...]) -> tuple[Site, ...]:

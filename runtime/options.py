@@ -29,8 +29,9 @@ class EngineOptions:
         eos: tokens that end generation.
         vocab_size: tokens are below this.
         max_bucket: rows of the largest decode program.
+        chunk_step: factor between the sizes that prompt chunks are padded to.
         static: decode through programs over static buffers, on CUDA as CUDA graphs.
-        pinned_bytes: most host memory that offloaded sessions may take.
+        pinned_bytes: most host memory that offloaded sessions and checkpoints in memory may take.
     """
 
     max_sessions: int = 8
@@ -42,4 +43,5 @@ class EngineOptions:
     vocab_size: int = 0
     max_bucket: int = 64
     pinned_bytes: int = 4 << 30
+    chunk_step: int = 2
     static: bool = False

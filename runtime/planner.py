@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from djinn_fx.errors import InternalError, InvalidValue
 from djinn_fx.runtime.flight import Flight
-from djinn_fx.runtime.programs import SMALLEST_CHUNK, bucket
+from djinn_fx.runtime.programs import bucket, chunk_size
 from djinn_fx.runtime.steps import UNKNOWN, Step
 from djinn_fx.runtime.tables import BatchRow, Wants
 from djinn_fx.sites import Site, SiteTable, require_compiled
@@ -55,7 +55,7 @@ def next_chunk(run: Run, options: EngineOptions) -> Step:
     start = session.length
     grid = run.begin + ((start - run.begin) // size + 1) * size
     stop = min(grid, len(session.token_list))
-    query = min(size, bucket(stop - start, SMALLEST_CHUNK)) if size > 1 else 1
+    query = chunk_size(stop - start, size, options.chunk_step)
     keep = query if run.options.kind == "forward" else 1
     return make_step(run, start, stop, ProgramShape(1, query, keep))
 
@@ -138,6 +138,15 @@ def following(runs: Sequence[Run], joining: int, options: EngineOptions, sites: 
             return []
         rows.append(BatchRow(run.session.row, step, wants(run)))
     return rows
+
+
+def drawn_together(runs: Sequence[Run]) -> list[list[Run]]:
+    """The runs whose steps' tokens are to be drawn, those drawn alike together."""
+    alike: dict[object, list[Run]] = {}
+    for run in runs:
+        if run.options.sampling.do_sample and flight_of(run).values is not None:
+            alike.setdefault(run.options.sampling, []).append(run)
+    return list(alike.values())
 
 
 def joins(run: Run) -> bool:

@@ -28,6 +28,22 @@ def bucket(count: int, smallest: int = 1) -> int:
     return size
 
 
+def chunk_size(count: int, most: int, step: int = 2) -> int:
+    """What ``count`` prompt tokens are padded to.
+
+    Args:
+        count: tokens, 1 or more.
+        most: tokens of a full chunk.
+        step: factor from one size to the next; larger means fewer programs and more padding.
+    """
+    if most == 1:
+        return 1
+    size = SMALLEST_CHUNK
+    while size < count:
+        size *= step
+    return min(most, size)
+
+
 @dataclass
 class ProgramCache:
     """Programs by shape, variant and compiled sites.
@@ -52,10 +68,11 @@ class ProgramCache:
                 variant = self.agreements.least(shape, variant)
             key = (shape, variant, names)
             if key not in self._programs:
-                self._programs[key] = self.build(shape, variant, sites)
+                made = self.build(shape, variant, sites)
                 if self.agreements is not None:
-                    self.agreements.admit(self._programs[key])
-                    return self.get(shape, variant, sites)
+                    self.agreements.admit(made)
+                self._programs[key] = made
+                return self.get(shape, variant, sites)  # it may just have turned out to be too poor
             return self._programs[key]
 
     def made(self) -> tuple[Program, ...]:

@@ -15,12 +15,12 @@ from typing import Protocol
 import torch
 
 from djinn_fx.errors import CaptureMismatch
-from djinn_fx.runtime.agreement import Agreements, describe
+from djinn_fx.runtime.agreement import Agreements, Finding, describe, difference
 from djinn_fx.runtime.bits import same_bits
 from djinn_fx.runtime.engine import Engine
 from djinn_fx.runtime.executor import Executor, RowValues
 from djinn_fx.runtime.observe import Observer
-from djinn_fx.runtime.programs import SMALLEST_CHUNK, bucket
+from djinn_fx.runtime.programs import SMALLEST_CHUNK, ProgramCache, bucket
 from djinn_fx.runtime.steps import Step
 from djinn_fx.runtime.tables import BatchRow
 from djinn_fx.sites import Site
@@ -104,10 +104,12 @@ def make_receipt(engine: Engine, observer: Observer, reference: ReferenceRun) ->
     eager = reference(tokens, "eager", paths)
     assert eager is not None
     other = reference(tokens, "sdpa", ())
-    captured = _Captured(engine, tokens, posts)
+    compiled = engine.programs.agreements is not None
+    captured = _Captured(engine, observer.programs if compiled else engine.programs, tokens, posts)
     logits, blocks = captured.run()
     checks = [_compare_eager(eager, other, logits, blocks, posts)]
-    checks += captured.bit_checks()
+    if not compiled:  # else each program is compared when it is made
+        checks += captured.bit_checks()
     bad = not bool(torch.isfinite(eager.logits).all())
     if bad:
         warnings.warn(
@@ -120,11 +122,14 @@ def make_receipt(engine: Engine, observer: Observer, reference: ReferenceRun) ->
 
 def with_agreements(receipt: Receipt, agreements: Agreements) -> Receipt:
     """A receipt with what was found since of the variants of each program."""
-    checks = [
-        Check(f"{describe(each.shape)}: {' = '.join(each.variants)}", "bitwise" if each.exact else "differs")
-        for each in agreements.found
-    ]
+    checks = tuple(_check(each) for each in agreements.found)
     return replace(receipt, checks=(*receipt.checks, *checks), pending=agreements.pending())
+
+
+def _check(finding: Finding) -> Check:
+    held = "within tolerance" if finding.tolerance else "bitwise"
+    name = f"{describe(finding.shape)}: {finding.name}"
+    return Check(name, held if finding.exact else "differs", finding.worst, finding.tolerance)
 
 
 def _probe_tokens(engine: Engine, observer: Observer) -> list[int]:
@@ -162,14 +167,6 @@ def _compare_eager(
     )
 
 
-def difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Largest absolute difference; where both are NaN, or the same infinity, it is 0."""
-    wide_a, wide_b = a.double(), b.double()
-    gap = (wide_a - wide_b).abs()
-    gap = torch.where((wide_a == wide_b) | (wide_a.isnan() & wide_b.isnan()), 0.0, gap)
-    return float(torch.nan_to_num(gap, nan=float("inf")).max()) if gap.numel() else 0.0
-
-
 def _size(tensor: torch.Tensor) -> float:
     finite = tensor[torch.isfinite(tensor)]
     return max(float(finite.abs().max()), 1e-30) if finite.numel() else 1.0
@@ -181,21 +178,14 @@ def _floor(tensor: torch.Tensor) -> float:
 
 
 class _Captured:
-    """The captured model on the probe, through the same executor as sessions use."""
+    """The captured model on the probe; a compiled one op by op, which spares compilations that nobody needs."""
 
-    def __init__(self, engine: Engine, tokens: list[int], posts: Sequence[Site]) -> None:
+    def __init__(self, engine: Engine, programs: ProgramCache, tokens: list[int], posts: Sequence[Site]) -> None:
         self.engine, self.tokens = engine, tokens
         names = {site.name: site for site in (*engine.sites, *posts)}
         self.sites = tuple(sorted(names.values(), key=lambda site: site.order))
-        self.executor = Executor(
-            engine.programs,
-            engine.arena,
-            self.sites,
-            engine.dtype,
-            engine.device,
-            engine.options.edit_rank,
-            engine.loop_for(self.sites),
-        )
+        rank = engine.options.edit_rank
+        self.executor = Executor(programs, engine.arena, self.sites, engine.dtype, engine.device, rank)
         self.posts = posts
 
     def run(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 import djinn_fx as djinn
+from djinn_fx.program import Program
 from djinn_fx.runtime.loop import DecodeLoop
 from djinn_fx.runtime.results import Result
 from tests.bits import assert_same_bits
@@ -266,14 +268,43 @@ def test_variants_are_compared_when_they_are_made() -> None:
     with another_dj("gpt2", backend="static", verify=True) as dj:
         before = dj.receipt
         assert before is not None and before.exact
+        assert len(before.checks) == 1
         with dj.session() as s:
+            s.generate(prompt(5), max_new_tokens=3).result()
+            s.generate(prompt(5), max_new_tokens=3, capture=["resid_post.0"]).result()
+            assert "decode of 1 row, rank" in dj.receipt.pending  # type: ignore[union-attr]
             s.steer("resid_post.0", ablate=direction(1))
             s.generate(prompt(5), max_new_tokens=3).result()
+        dj.generate([prompt(5), prompt(6)], max_new_tokens=3)
         after = dj.receipt
         assert after is not None and after.exact
-        assert len(after.checks) > len(before.checks)
-        assert any("armed" in check.name or "rank" in check.name for check in after.checks)
+        names = [check.name for check in after.checks]
+        for wanted in (
+            "decode of 1 row: compiled = op by op",
+            "decode of 1 row: plain = armed",
+            "decode of 1 row: armed = rank",
+            "decode of 1 row: stopped and resumed = uninterrupted",
+            "decode of 2 rows: rows permuted",
+            "prompt chunk of 16: plain = rank",
+        ):
+            assert wanted in names, names
         assert "not needed so far" in str(after)
+
+
+def test_a_compiler_that_makes_something_else_is_refused() -> None:
+    with another_dj("gpt2", backend="static") as dj:
+        agreements = dj.engine.programs.agreements
+        assert agreements is not None
+
+        def lie(program: Program) -> Program:
+            last = program.segments[-1]
+            wrong = replace(last, run=lambda *inputs: tuple(2 * each for each in last.run(*inputs)))
+            return replace(program, segments=(*program.segments[:-1], wrong))
+
+        with dj.session() as s, mock.patch("djinn_fx.runtime.agreement.as_graph", lie):
+            for _ in range(2):  # asked again it is refused again
+                with pytest.raises(djinn.CaptureMismatch, match=r"prompt chunk of 16.*backend='eager'"):
+                    (s.run or s.generate(prompt(5), max_new_tokens=3)).result()
 
 
 def test_a_variant_with_other_bits_takes_the_place_of_the_poorer_one() -> None:
