@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._inductor.choices import InductorChoices
+from torch._inductor.virtualized import V
 
 from djinn_fx.passes.lower import compile_class
 
@@ -23,6 +25,31 @@ Lowered = Callable[..., tuple[torch.Tensor, ...]]
 #: Inductor options that exactness rests on; set per compilation, never globally.
 EXACT: Mapping[str, Any] = {"emulate_precision_casts": True}
 
+#: Rows up to which a row is reduced in one piece, and the longest such row. A GPU has more multiprocessors than there
+#: are rows, so what counts is how often one of them waits for memory.
+FEW_ROWS, WHOLE_ROW = 64, 8192
+
+
+class WholeRows(InductorChoices):
+    """Inductor's choices, but that reductions of few rows hold the whole row: one pass over memory, not two or more.
+
+    The shape of a reduction alone decides how it is summed, not how many tables are fused into it, so plain and armed
+    programs keep their bits.
+    """
+
+    @staticmethod
+    def uuid() -> str:
+        """What Inductor's cache tells these choices by."""
+        return "djinn_fx.WholeRows.1"
+
+    @staticmethod
+    def should_use_persistent_reduction(features: Any, cooperative_reduction: bool) -> bool:
+        """Whether a kernel holds whole rows; see :class:`InductorChoices`."""
+        known = V.graph.sizevars.statically_known_leq
+        if known(features.numel, FEW_ROWS) and known(features.reduction_numel, WHOLE_ROW):
+            return not cooperative_reduction
+        return InductorChoices.should_use_persistent_reduction(features, cooperative_reduction)
+
 
 @dataclass
 class InductorLowering:
@@ -30,11 +57,13 @@ class InductorLowering:
 
     Attributes:
         options: Inductor configuration patches beside :data:`EXACT`.
+        choices: what decides how kernels are cut.
         compiled: artifact by compile class.
         compilations: how often Inductor was called.
     """
 
     options: Mapping[str, Any] = field(default_factory=dict)
+    choices: type[InductorChoices] = WholeRows
     compiled: dict[str, Lowered] = field(default_factory=dict)
     compilations: int = 0
 
@@ -42,7 +71,10 @@ class InductorLowering:
         """The compiled form of a segment's graph: takes its inputs in order, returns a tuple."""
         key = compile_class(graph)
         if key not in self.compiled:
-            self.compiled[key] = _compile(graph, {**EXACT, **self.options})
+            # Named in the options too: they are part of Inductor's cache key.
+            patches = {**EXACT, "inductor_choices_class": self.choices, **self.options}
+            with V.set_choices_handler(self.choices()):
+                self.compiled[key] = _compile(graph, patches)
             self.compilations += 1
         return self.compiled[key]
 

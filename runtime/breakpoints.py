@@ -40,14 +40,14 @@ class ArmedBreakpoint:
         )
 
     def fired(
-        self, site: Site, step: Step, value: Callable[[], torch.Tensor], answer: Answer | None = None
+        self, site: Site, step: Step, values: Callable[[list[int]], torch.Tensor], answer: Answer | None = None
     ) -> tuple[int, ...]:
         """Absolute positions of ``step`` at which it fires.
 
         Args:
             site: the site looked at.
             step: the step being run.
-            value: gives the site's value, ``[tokens, *feature_shape]``.
+            values: gives a copy of the site's value at some of its tokens, ``[chosen, *feature_shape]``.
             answer: what the predicate said of a decode step's one position, where it was asked ahead.
 
         Raises:
@@ -62,7 +62,7 @@ class ArmedBreakpoint:
             elif getattr(self.spec.when, "reads_token", False):
                 answers = evaluate(self.spec, torch.tensor([step.tokens[tokens[row]] for row in rows])).tolist()
             else:
-                answers = evaluate(self.spec, value()[rows]).tolist()
+                answers = evaluate(self.spec, values(rows)).tolist()
             rows = [row for row, answer in zip(rows, answers, strict=True) if answer]
         return tuple(step.start + tokens[row] for row in rows)
 
@@ -88,26 +88,39 @@ class Answer:
         return bool(self.host[self.index])
 
 
-def ask(point: ArmedBreakpoint, sites: Sequence[Site], values: Sequence[torch.Tensor]) -> dict[str, Answer]:
-    """Evaluate a predicate on the one position of many sites without waiting for the device.
+@dataclass(frozen=True)
+class Question:
+    """What a predicate is to be asked: one position at some sites whose values have one shape.
 
-    Args:
+    Attributes:
         point: the breakpoint, which has a predicate.
-        sites: the sites to look at.
-        values: the value of each, ``[1, *feature_shape]``.
-
-    Raises:
-        InvalidPredicate: as :func:`evaluate`.
+        sites: the names of the sites.
+        values: a copy of the value of each, ``[sites, *feature_shape]``.
     """
-    answers: dict[str, Answer] = {}
+
+    point: ArmedBreakpoint
+    sites: tuple[str, ...]
+    values: torch.Tensor
+
+    def ask(self) -> dict[str, Answer]:
+        """Evaluate the predicate without waiting for the device.
+
+        Raises:
+            InvalidPredicate: as :func:`evaluate`.
+        """
+        host, arrived = to_host(evaluate(self.point.spec, self.values))
+        return {name: Answer(host, rank, arrived) for rank, name in enumerate(self.sites)}
+
+
+def questions(point: ArmedBreakpoint, sites: Sequence[Site], values: Sequence[torch.Tensor]) -> list[Question]:
+    """What to ask a predicate of one position at many sites; ``values`` are those of the sites, ``[1, ...]`` each."""
     alike: dict[tuple[object, ...], list[int]] = {}
     for index, value in enumerate(values):
         alike.setdefault((value.shape, value.dtype), []).append(index)
-    for indices in alike.values():
-        said = evaluate(point.spec, torch.cat([values[index] for index in indices]))
-        host, arrived = to_host(said)
-        answers |= {sites[index].name: Answer(host, rank, arrived) for rank, index in enumerate(indices)}
-    return answers
+    return [
+        Question(point, tuple(sites[i].name for i in indices), torch.cat([values[i] for i in indices]))
+        for indices in alike.values()
+    ]
 
 
 def evaluate(spec: Breakpoint, values: torch.Tensor) -> torch.Tensor:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
-from djinn_fx.runtime import cruise, planner
+from djinn_fx.runtime import asking, cruise, planner
 from djinn_fx.runtime.bits import same_bits
-from djinn_fx.runtime.breakpoints import ask
 from djinn_fx.runtime.flight import Flight
 from djinn_fx.runtime.results import StepRecord
 from djinn_fx.runtime.run import Run
@@ -61,9 +61,9 @@ def iterate(engine: Engine, runs: Sequence[Run]) -> list[Stop]:
             return []
         with engine.lock:
             groups = _launch(engine, moving)
-        _ask(engine, groups)
+        asking.ask(engine, groups)
         with engine.lock:
-            _draw_together(engine, groups)
+            asking.draw_together(engine, groups)
             _look_ahead(engine, moving, groups)
         for run in moving:
             stops[id(run)] = _seek(engine, run)
@@ -141,39 +141,6 @@ def _launch(engine: Engine, runs: Sequence[Run]) -> list[list[Run]]:
     return groups
 
 
-@torch.no_grad()
-def _draw_together(engine: Engine, groups: Sequence[Sequence[Run]]) -> None:
-    """Draw the tokens of decoded rows in few launches, on CUDA, where a row's draw does not depend on its place."""
-    if engine.device.type != "cuda":
-        return
-    for runs in planner.drawn_together([run for group in groups for run in group]):
-        flights = [planner.flight_of(run) for run in runs]
-        seeds = torch.tensor([run.session.seed for run in runs], dtype=torch.int64)
-        places = torch.tensor([flight.step.stop for flight in flights], dtype=torch.int64)
-        logits = torch.cat([flight.logits()[-1:] for flight in flights])
-        for flight, token in zip(
-            flights, sample(logits, runs[0].options.sampling, seeds, places).tolist(), strict=True
-        ):
-            flight.drawn = token
-
-
-def _ask(engine: Engine, groups: Sequence[Sequence[Run]]) -> None:
-    """Ask the predicates of decode steps that the device is still busy with, so that nobody waits once more for them.
-
-    The caller holds no lock: predicates are the user's code.
-    """
-    if engine.executor.loop is None:
-        return
-    for run in [run for group in groups for run in group if run.breakpoints and not run.silent]:
-        flight = planner.flight_of(run)
-        sites = planner.watched(run, flight, engine.sites) if flight.values is not None and run.target is None else []
-        for point in run.breakpoints:
-            chosen = [site for site in sites if point.watches(site)] if point.asks(flight.step) else []
-            if chosen and all(flight.values is not None and flight.values.has(site) for site in chosen):
-                said = ask(point, chosen, [flight.value(site) for site in chosen])
-                flight.answers |= {(id(point), name): answer for name, answer in said.items()}
-
-
 def _look_ahead(engine: Engine, moving: Sequence[Run], groups: Sequence[Sequence[Run]]) -> None:
     """Launch the next decode step before this one's tokens are known, where it is known what it will be."""
     executor = engine.executor
@@ -191,7 +158,7 @@ def _seek(engine: Engine, run: Run) -> Stop | None:
     for site in planner.watched(run, flight, flight.sites(engine.sites)):
         if not _reach(engine, run, flight, site):
             return None
-        fired = planner.fired(run, flight, site)
+        fired = planner.fired(run, flight, site, partial(asking.values_at, engine, flight, site))
         if fired is not None:
             stop = deliver(engine, run, site, fired)
             stop.waiting = True
@@ -228,7 +195,7 @@ def _draw_first(engine: Engine, run: Run) -> None:
         if run.flight is None and session.length == len(session.token_list):
             logits = session.last_logits
             if logits is None:
-                logits = execute(engine, session, session.journal[-1], None).logits()[-1]
+                logits = execute(engine, session, session.journal[-1], None).logits()[-1].clone()
             kept = logits[None] if run.options.output_logits else None
             run.records.append(StepRecord(session.length, logits=kept, stepped=False))
             token = _draw(engine, run, logits[None])

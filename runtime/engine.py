@@ -26,6 +26,7 @@ from djinn_fx.runtime.results import Result
 from djinn_fx.runtime.run import Run, RunOptions
 from djinn_fx.runtime.sampling import checked_seed
 from djinn_fx.runtime.session import Session
+from djinn_fx.runtime.stages import Recorder, Stages
 from djinn_fx.runtime.steering import Armed
 from djinn_fx.runtime.stop import Stop
 from djinn_fx.runtime.tables import BatchRow
@@ -70,6 +71,7 @@ class Engine:
     transfer: Transfer = field(init=False, repr=False)
     _keys: Iterator[int] = field(default_factory=itertools.count, repr=False)
     _loop: DecodeLoop | None = field(init=False, default=None, repr=False)
+    _stages: Stages | None = field(init=False, default=None, repr=False)
     _described: tuple[tuple[object, ...], tuple[object, ...], Mapping[str, Plain]] | None = field(
         init=False, default=None, repr=False
     )
@@ -78,6 +80,7 @@ class Engine:
         self.lock = EngineLock(self.device)
         self.pool = HostPool(self.options.pinned_bytes, pinned=self.device.type == "cuda")
         self.transfer = Transfer(self.arena, self.pool)
+        self._stages = Stages(Recorder(self.device), self.arena.env) if self.options.static else None
 
     @property
     def compiled_names(self) -> tuple[str, ...]:
@@ -88,7 +91,7 @@ class Engine:
     def executor(self) -> Executor:
         """An executor for the sites compiled now."""
         rank, loop = self.options.edit_rank, self.loop_for(self.sites)
-        return Executor(self.programs, self.arena, self.sites, self.dtype, self.device, rank, loop)
+        return Executor(self.programs, self.arena, self.sites, self.dtype, self.device, rank, loop, self._stages)
 
     def _current_loop(self) -> DecodeLoop:
         """The decode loop of the sites compiled now."""
@@ -96,6 +99,8 @@ class Engine:
         if loop is None or loop.sites != self.sites:
             if loop is not None:
                 loop.retire()
+            if self._stages is not None:
+                self._stages.keep(self.compiled_names)
             self._loop = loop = self._make_loop(self.sites)
         return loop
 

@@ -12,13 +12,16 @@ from djinn_fx.errors import InternalError
 from djinn_fx.program import LOGITS, Program
 from djinn_fx.runtime.arena import KVArena
 from djinn_fx.runtime.programs import ProgramCache
-from djinn_fx.runtime.segments import Env, run_segments
+from djinn_fx.runtime.segments import run_segments
+from djinn_fx.runtime.stages import Chunk, Stage, Stages
 from djinn_fx.runtime.steps import Step
 from djinn_fx.runtime.tables import (
     BatchRow,
+    Tables,
     site_row,
     steering_inputs,
     step_inputs,
+    step_ints,
     variant_for,
 )
 from djinn_fx.sites import Site
@@ -79,20 +82,6 @@ class StepValues:
 
 
 @dataclass
-class Chunk:
-    """A prompt chunk in flight: its program, its environment and the next segment to run."""
-
-    program: Program
-    env: Env
-    next_segment: int = 0
-
-    @property
-    def complete(self) -> bool:
-        """Whether every segment has run."""
-        return self.next_segment == len(self.program.segments)
-
-
-@dataclass
 class Executor:
     """Runs steps on one model's arena.
 
@@ -104,6 +93,7 @@ class Executor:
         device: the model's device.
         rank: directions an edit may have.
         loop: runs decode steps over static buffers; None: each step is run by itself.
+        stages: run prompt chunks over static buffers; None: each chunk has its own.
     """
 
     programs: ProgramCache
@@ -113,6 +103,7 @@ class Executor:
     device: torch.device
     rank: int
     loop: DecodeLoop | None = None
+    stages: Stages | None = None
 
     @torch.no_grad()
     def decode(self, batch: Sequence[BatchRow]) -> Sequence[RowValues | None]:
@@ -125,7 +116,8 @@ class Executor:
         shape = batch[0].step.shape
         if any(row.step.shape != shape for row in batch) or len(batch) > shape.rows:
             raise InternalError("a decode batch mixes program shapes")
-        env, program = self._prepare(batch)
+        program = self._program(batch)
+        env = self._inputs(batch, program) | self.arena.env
         run_segments(program, env, 0, len(program.segments) - 1)
         kept = {site.name: env[site.name] for site in self.sites} | {LOGITS: env[LOGITS]}
         return [StepValues(row.step, index, kept) for index, row in enumerate(batch)]
@@ -142,8 +134,14 @@ class Executor:
     @torch.no_grad()
     def begin(self, row: BatchRow) -> Chunk:
         """Begin a prompt chunk: nothing runs yet."""
-        env, program = self._prepare([row])
-        return Chunk(program, env)
+        program = self._program([row])
+        if self.stages is None:
+            return Chunk(program, self._inputs([row], program) | self.arena.env)
+        stage = self._stage(program)
+        chunk = Chunk(program, {})
+        stage.seat(chunk)
+        self._refill(chunk, row)
+        return chunk
 
     @torch.no_grad()
     def refresh(self, chunk: Chunk, row: BatchRow) -> None:
@@ -152,11 +150,12 @@ class Executor:
         A step that needs more than the chunk's variant has goes on in a richer program of the same
         shape, whose values carry the same names and the same bits.
         """
-        env, program = self._prepare([row], chunk.program)
+        program = self._program([row], chunk.program)
         if program is not chunk.program:
+            chunk.leave()
             chunk.next_segment = min(chunk.next_segment, len(program.segments))
             chunk.program = program
-        chunk.env.update(env)
+        self._refill(chunk, row)
 
     @torch.no_grad()
     def advance(self, chunk: Chunk, until: str | None) -> None:
@@ -164,16 +163,35 @@ class Executor:
         last = len(chunk.program.segments) - 1
         if until is not None:
             last = chunk.program.segment_of(until)
-        run_segments(chunk.program, chunk.env, chunk.next_segment, last)
+        if self.stages is None or chunk.next_segment > last:
+            run_segments(chunk.program, chunk.env, chunk.next_segment, last)
+        else:
+            stage = chunk.stage or self._stage(chunk.program)
+            stage.seat(chunk)
+            stage.run(chunk.next_segment, last)
         chunk.next_segment = max(chunk.next_segment, last + 1)
 
-    def _prepare(self, batch: Sequence[BatchRow], current: Program | None = None) -> tuple[Env, Program]:
+    def _program(self, batch: Sequence[BatchRow], current: Program | None = None) -> Program:
+        """The program that runs a batch: the one at hand, if it is rich enough."""
         sites = self.sites if current is None else current.sites
         variant = variant_for(batch, sites)
         if current is not None and variant == "plain":
             variant = current.variant
-        shape = batch[0].step.shape
-        program = self.programs.get(shape, variant, sites)
-        env = step_inputs(batch, shape, self.arena.spare_row, self.device)
-        env |= steering_inputs(batch, shape, program.variant, sites, self.dtype, self.device, self.rank)
-        return env | self.arena.env, program
+        return self.programs.get(batch[0].step.shape, variant, sites)
+
+    def _inputs(self, batch: Sequence[BatchRow], program: Program) -> Tables:
+        """What a program is given beside weights and arenas."""
+        shape = program.shape
+        tables = steering_inputs(batch, shape, program.variant, program.sites, self.dtype, self.device, self.rank)
+        return step_inputs(batch, shape, self.arena.spare_row, self.device) | tables
+
+    def _refill(self, chunk: Chunk, row: BatchRow) -> None:
+        """Give a chunk all its inputs anew."""
+        if chunk.stage is None or chunk.program.variant != "plain":
+            chunk.put(self._inputs([row], chunk.program))
+        else:
+            chunk.stage.upload(step_ints([row], chunk.program.shape, self.arena.spare_row))
+
+    def _stage(self, program: Program) -> Stage:
+        assert self.stages is not None
+        return self.stages.of(program, lambda: self._inputs([], program))

@@ -8,7 +8,8 @@ import torch
 
 from djinn_fx.errors import InternalError
 from djinn_fx.runtime.breakpoints import Answer
-from djinn_fx.runtime.executor import Chunk, RowValues, StepValues
+from djinn_fx.runtime.executor import RowValues, StepValues
+from djinn_fx.runtime.stages import Chunk
 from djinn_fx.runtime.steps import Step
 from djinn_fx.runtime.tables import acting, site_row
 from djinn_fx.sites import Site
@@ -71,7 +72,7 @@ class Flight:
             return
         whole = self.chunk.env[site.name].clone()
         whole[0, : value.shape[0]] = value
-        self.chunk.env[site.name] = whole
+        self.chunk.put({site.name: whole})
 
     def steer(self, steering: object, sites: tuple[Site, ...]) -> None:
         """Let new edits act at the sites behind the one just passed."""

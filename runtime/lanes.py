@@ -179,7 +179,7 @@ class Lanes:
             value = row.step.injections[self.sites[index].name]
             targets.append(self.tap(index)[lane])
             sources.append(value[0])
-        _copy_all(targets, sources)
+        copy_all(targets, sources)
         self._flag(lane, plan)
         self.written[lane] = plan
 
@@ -261,7 +261,7 @@ def _place(step: Step, steering: Steering) -> tuple[object, ...]:
     return (step.sampled[0], step.start == step.last_prompt) if worded else (step.sampled[0], step.start)
 
 
-def _copy_all(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+def copy_all(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
     """Copy many tensors with few launches, those of one dtype together."""
     by_dtype: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
     for target, source in zip(targets, sources, strict=True):

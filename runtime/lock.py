@@ -23,6 +23,9 @@ class EngineLock:
         self._device = device
         self._depth = 0
         self._caller: torch.cuda.Stream | None = None
+        self._index = device.index
+        if device.type == "cuda" and device.index is None:
+            self._index = torch.cuda.current_device()
 
     def __enter__(self) -> EngineLock:
         self._lock.acquire()
@@ -42,11 +45,13 @@ class EngineLock:
             self._lock.release()
 
     def _come(self) -> None:
+        # The default stream is number 0. Stream objects would cost a step more than all else that is done here.
+        if torch._C._cuda_getCurrentRawStream(self._index) == 0:
+            return
         own, caller = torch.cuda.default_stream(self._device), torch.cuda.current_stream(self._device)
-        if own != caller:
-            own.wait_stream(caller)
-            torch.cuda.set_stream(own)
-            self._caller = caller
+        own.wait_stream(caller)
+        torch.cuda.set_stream(own)
+        self._caller = caller
 
     def _leave(self, caller: torch.cuda.Stream) -> None:
         self._caller = None

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from djinn_fx.runtime.bits import same_bits
 from djinn_fx.runtime.driver import deliver, execute, take_over
-from djinn_fx.runtime.executor import Chunk
 from djinn_fx.runtime.flight import Flight
 from djinn_fx.runtime.planner import flight_of
 from djinn_fx.runtime.run import Run
@@ -84,7 +83,7 @@ def _copy_flight(engine: Engine, flight: Flight, row: int) -> Flight:
     """The same step in the air for another row; values are shared, since nothing mutates them."""
     copied = replace(flight)
     if flight.chunk is not None:
-        chunk = Chunk(flight.chunk.program, dict(flight.chunk.env), flight.chunk.next_segment)
+        chunk = flight.chunk.twin()
         engine.executor.refresh(chunk, BatchRow(row, flight.step))
         copied.chunk = chunk
     return copied

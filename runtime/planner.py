@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
+
+import torch
 
 from djinn_fx.errors import InternalError, InvalidValue
 from djinn_fx.runtime.flight import Flight
@@ -195,15 +196,16 @@ def watched(run: Run, flight: Flight, sites: Sequence[Site]) -> list[Site]:
     return [site for site in ahead if any(point.watches(site) for point in run.breakpoints)]
 
 
-def fired(run: Run, flight: Flight, site: Site) -> tuple[int, ...] | None:
+def fired(run: Run, flight: Flight, site: Site, values: Callable[[list[int]], torch.Tensor]) -> tuple[int, ...] | None:
     """Positions at which the run's breakpoints fire at ``site``; None for no stop.
 
-    Each breakpoint that fires counts one delivered stop. Predicates are the user's code: no lock is held.
+    Each breakpoint that fires counts one delivered stop. Predicates are the user's code: no lock is held, and what
+    they look at are copies, ``values`` of some tokens, which no other thread's step overwrites.
     """
     if run.target is not None:
         return ()
     found = [
-        (point, point.fired(site, flight.step, partial(flight.value, site), flight.answers.get((id(point), site.name))))
+        (point, point.fired(site, flight.step, values, flight.answers.get((id(point), site.name))))
         for point in run.breakpoints
         if point.watches(site)
     ]

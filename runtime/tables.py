@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -54,32 +55,54 @@ def acting(step: Step, site: Site) -> Armed | None:
     return armed
 
 
-def step_inputs(batch: Sequence[BatchRow], shape: ProgramShape, spare_row: int, device: torch.device) -> Tables:
-    """Tokens, positions, rows, lengths and kept indices of a batch, padded to ``shape``.
+def int_names(shape: ProgramShape) -> dict[str, tuple[int, tuple[int, ...]]]:
+    """Where the integer inputs of a program lie in one buffer: offset and shape by name; each begins at 16 bytes."""
+    shapes: dict[str, tuple[int, ...]] = {
+        TOKENS: (shape.rows, shape.query),
+        POSITIONS: (shape.rows, shape.query),
+        ROWS: (shape.rows,),
+        LENGTHS: (shape.rows,),
+    }
+    if shape.keep < shape.query:
+        shapes[KEEP] = (shape.rows, shape.keep)
+    found, offset = {}, 0
+    for name, dims in shapes.items():
+        found[name] = offset, dims
+        offset += -(-math.prod(dims) // 2) * 2
+    return found
+
+
+def int_views(flat: torch.Tensor, shape: ProgramShape) -> Tables:
+    """The integer inputs of a program as views of one buffer, laid out by :func:`int_names`."""
+    return {
+        name: flat[offset : offset + math.prod(dims)].view(dims) for name, (offset, dims) in int_names(shape).items()
+    }
+
+
+def step_ints(batch: Sequence[BatchRow], shape: ProgramShape, spare_row: int) -> torch.Tensor:
+    """Tokens, positions, rows, lengths and kept indices of a batch, padded to ``shape``: one host tensor, int64.
 
     Batch rows beyond ``batch`` are dead: length 0, position 0, the spare arena row.
     """
-    pad = shape.query
-    tokens, positions, keep = [], [], []
-    for row in batch:
+    layout = int_names(shape)
+    last, dims = list(layout.values())[-1]
+    flat = torch.zeros(last + -(-math.prod(dims) // 2) * 2, dtype=torch.int64)
+    views = int_views(flat, shape)
+    views[ROWS].fill_(spare_row)
+    for index, row in enumerate(batch):
         count = len(row.step.tokens)
-        tokens.append([*row.step.tokens, *[0] * (pad - count)])
-        positions.append([*row.step.positions, *[0] * (pad - count)])
-        first = max(0, count - shape.keep)
-        keep.append([max(0, min(first + i, count - 1)) for i in range(shape.keep)])
-    dead = shape.rows - len(batch)
-    tokens += [[0] * pad] * dead
-    positions += [[0] * pad] * dead
-    keep += [[0] * shape.keep] * dead
-    made = {
-        TOKENS: tokens,
-        POSITIONS: positions,
-        ROWS: [row.arena_row for row in batch] + [spare_row] * dead,
-        LENGTHS: [row.step.stop for row in batch] + [0] * dead,
-    }
-    if shape.keep < shape.query:
-        made[KEEP] = keep
-    return {name: torch.tensor(value, device=device) for name, value in made.items()}
+        views[TOKENS][index, :count] = torch.tensor(row.step.tokens)
+        views[POSITIONS][index, :count] = torch.arange(row.step.start, row.step.stop)
+        views[ROWS][index], views[LENGTHS][index] = row.arena_row, row.step.stop
+        if KEEP in views:
+            first = max(0, count - shape.keep)
+            views[KEEP][index] = torch.arange(first, first + shape.keep).clamp(0, max(count - 1, 0))
+    return flat
+
+
+def step_inputs(batch: Sequence[BatchRow], shape: ProgramShape, spare_row: int, device: torch.device) -> Tables:
+    """What :func:`step_ints` says, on the device, by name."""
+    return int_views(step_ints(batch, shape, spare_row).to(device), shape)
 
 
 def steering_inputs(

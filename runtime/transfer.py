@@ -112,7 +112,8 @@ class Transfer:
         self._arena, self._pool, self._limit = arena, pool, staging
         self._staging: torch.Tensor | None = None
         self._stream: torch.cuda.Stream | None = None
-        self._begun: torch.cuda.Event  # how far the compute stream had come; made with the copy stream
+        self._compute: torch.cuda.Stream  # the engine's stream; made with the copy stream, like the next
+        self._begun: torch.cuda.Event  # how far the compute stream had come
         # Device tensors that are being sent; kept until they are through.
         self._flying: deque[tuple[torch.cuda.Event, torch.Tensor]] = deque()
 
@@ -213,12 +214,12 @@ class Transfer:
         device = self._arena.device
         if self._stream is None:
             self._stream, self._begun = torch.cuda.Stream(device), torch.cuda.Event()
+            self._compute = torch.cuda.default_stream(device)  # whoever holds the engine's lock is on it
         if self._staging is None:
             self._staging = self._make_staging(self._stream)
-        compute = torch.cuda.current_stream(self._stream.device_index)
-        self._begun.record(compute)
+        self._begun.record(self._compute)
         self._stream.wait_event(self._begun)
-        return self._stream, compute, self._staging
+        return self._stream, self._compute, self._staging
 
     def _make_staging(self, stream: torch.cuda.Stream) -> torch.Tensor:
         packer = self._arena.packer

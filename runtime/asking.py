@@ -1,0 +1,72 @@
+"""Between a decode step's launch and the wait for it: predicates are asked and tokens drawn, many in few launches.
+
+The device is still busy with the step meanwhile, so nobody waits once more for the answers. Predicates are the user's
+code: no lock is held while they run, and what they look at are copies, which no other thread's step overwrites.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from djinn_fx.runtime import planner
+from djinn_fx.runtime.breakpoints import Question, questions
+from djinn_fx.runtime.flight import Flight
+from djinn_fx.runtime.run import Run
+from djinn_fx.runtime.sampling import sample
+from djinn_fx.sites import Site
+
+if TYPE_CHECKING:
+    from djinn_fx.runtime.engine import Engine
+
+
+def ask(engine: Engine, groups: Sequence[Sequence[Run]]) -> None:
+    """Ask the predicates of decode steps that were just launched; the caller holds no lock."""
+    if engine.executor.loop is None:
+        return
+    watching = [run for group in groups for run in group if run.breakpoints and not run.silent and run.target is None]
+    if not watching:
+        return
+    with engine.lock:
+        asked = [(planner.flight_of(run), found) for run in watching for found in _questions(engine, run)]
+    for flight, question in asked:
+        said = question.ask()
+        flight.answers |= {(id(question.point), name): answer for name, answer in said.items()}
+
+
+@torch.no_grad()
+def _questions(engine: Engine, run: Run) -> Iterator[Question]:
+    """What a run's predicates are to be asked of the decode step it is in."""
+    flight = planner.flight_of(run)
+    if flight.values is None:
+        return
+    sites = planner.watched(run, flight, engine.sites)
+    for point in run.breakpoints:
+        chosen = [site for site in sites if point.watches(site)] if point.asks(flight.step) else []
+        if chosen and all(flight.values.has(site) for site in chosen):
+            yield from questions(point, chosen, [flight.value(site) for site in chosen])
+
+
+@torch.no_grad()
+def values_at(engine: Engine, flight: Flight, site: Site, tokens: list[int]) -> torch.Tensor:
+    """A copy of a site's value at some tokens, for a predicate to look at while other threads go on."""
+    with engine.lock:
+        return flight.value(site)[tokens]
+
+
+@torch.no_grad()
+def draw_together(engine: Engine, groups: Sequence[Sequence[Run]]) -> None:
+    """Draw the tokens of decoded rows in few launches, on CUDA, where a row's draw does not depend on its place."""
+    if engine.device.type != "cuda":
+        return
+    for runs in planner.drawn_together([run for group in groups for run in group]):
+        flights = [planner.flight_of(run) for run in runs]
+        seeds = torch.tensor([run.session.seed for run in runs], dtype=torch.int64)
+        places = torch.tensor([flight.step.stop for flight in flights], dtype=torch.int64)
+        logits = torch.cat([flight.logits()[-1:] for flight in flights])
+        for flight, token in zip(
+            flights, sample(logits, runs[0].options.sampling, seeds, places).tolist(), strict=True
+        ):
+            flight.drawn = token

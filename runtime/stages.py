@@ -1,0 +1,209 @@
+"""Stages: chunk programs over static buffers, on CUDA each segment one CUDA graph.
+
+A prompt chunk runs segment by segment, since it may stop after each. Launched one kernel at a time that costs the host
+more than the device; replayed it costs a launch a segment. The values of the chunk that is *on* a stage lie in the
+stage's buffers. Another chunk that needs the stage sends it off: what it has computed is copied out, and copied back
+in when it goes on. So any number of sessions may stand in the middle of a prompt, and the one that runs is fast.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from djinn_fx.program import TOKENS, Program
+from djinn_fx.runtime.lanes import copy_all, send
+from djinn_fx.runtime.segments import Env, run_segments
+from djinn_fx.runtime.tables import Tables
+from djinn_fx.specs import ProgramShape, Variant
+
+
+@dataclass(eq=False)
+class Chunk:
+    """A prompt chunk in flight: its program, its values and the next segment to run.
+
+    Attributes:
+        program: the program.
+        env: values by environment name: its own tensors, or those of the stage it is on.
+        next_segment: index of the segment that runs next.
+        stage: the stage it is on, or None.
+    """
+
+    program: Program
+    env: Env
+    next_segment: int = 0
+    stage: Stage | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether every segment has run."""
+        return self.next_segment == len(self.program.segments)
+
+    def put(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Replace some of its values; what follows is computed from them."""
+        if self.stage is None:
+            self.env.update(values)
+        else:
+            copy_all([self.env[name] for name in values], list(values.values()))
+
+    def leave(self) -> None:
+        """Take its values off the stage it is on, as copies of its own that nobody overwrites."""
+        if self.stage is None:
+            return
+        known = self._known()
+        with torch.inference_mode(False), torch.no_grad():
+            copies = {name: torch.empty_like(self.env[name]) for name in known}
+            copy_all(list(copies.values()), [self.env[name] for name in known])
+        rest = {name: tensor for name, tensor in self.env.items() if name in self.stage.shared}
+        self.env, self.stage = rest | copies, None
+
+    def twin(self) -> Chunk:
+        """The same chunk once more; both keep the values, which nobody overwrites."""
+        self.leave()
+        return Chunk(self.program, dict(self.env), self.next_segment)
+
+    def _known(self) -> list[str]:
+        """Names of the inputs and of what has been computed."""
+        made = [name for segment in self.program.segments[: self.next_segment] for name in segment.outputs]
+        stage = self.stage
+        return [*(() if stage is None else stage.inputs), *made]
+
+
+class Stage:
+    """One chunk program, its buffers and its segments ready to run over them.
+
+    Attributes:
+        program: the program.
+        inputs: names of the inputs that differ from chunk to chunk.
+        shared: names of the inputs that are the same for all: the arenas.
+        env: the buffers.
+
+    Args:
+        program: the program; its kernels must have run once.
+        inputs: example inputs, of dead rows; their tensors become the buffers.
+        shared: the arenas.
+        recorder: makes a segment ready.
+    """
+
+    def __init__(self, program: Program, inputs: Tables, shared: Env, recorder: Recorder) -> None:
+        self.program, self.inputs, self.shared = program, tuple(inputs), frozenset(shared)
+        self.env: Env = {**inputs, **shared}
+        self._ints = _whole(inputs[TOKENS])
+        self._steps = recorder.record(program, self.env)
+        self._on: weakref.ref[Chunk] | None = None
+
+    def seat(self, chunk: Chunk) -> None:
+        """Bring a chunk onto the stage; whoever is on it leaves."""
+        if chunk.stage is self:
+            return
+        there = None if self._on is None else self._on()
+        if there is not None:
+            there.leave()
+        chunk.leave()
+        names = [name for name in chunk.env if name in self.env and name not in self.shared]
+        copy_all([self.env[name] for name in names], [chunk.env[name] for name in names])
+        chunk.env, chunk.stage, self._on = self.env, self, weakref.ref(chunk)
+
+    def upload(self, ints: torch.Tensor) -> None:
+        """Give the chunk that is on it its integer inputs, a host tensor laid out as ``tables.int_names`` says."""
+        send(ints, self._ints)
+
+    def run(self, first: int, last: int) -> None:
+        """Run segments ``first`` to ``last`` (inclusive) of the chunk that is on it."""
+        for step in self._steps[first : last + 1]:
+            step()
+
+
+def _whole(view: torch.Tensor) -> torch.Tensor:
+    """The one-dimensional buffer that a view lies in."""
+    count = view.untyped_storage().nbytes() // view.itemsize
+    return view.as_strided((count,), (1,), 0)
+
+
+@dataclass
+class Recorder:
+    """Makes segments ready to run again and again over the same tensors.
+
+    Attributes:
+        device: where; only CUDA has graphs, elsewhere a segment's results are copied to where they were the first time.
+    """
+
+    device: torch.device
+    _stream: torch.cuda.Stream | None = field(default=None, repr=False)
+    _pool: Any = field(default=None, repr=False)
+
+    @torch.no_grad()
+    def record(self, program: Program, env: Env) -> list[Callable[[], None]]:
+        """One callable a segment; ``env`` gets the tensors that they write."""
+        with torch.inference_mode(False):
+            if self.device.type != "cuda":
+                return [_recomputed(program, env, index) for index in range(len(program.segments))]
+            if self._stream is None:
+                self._stream, self._pool = torch.cuda.Stream(self.device), torch.cuda.graph_pool_handle()
+            return self._captured(program, env, self._stream)
+
+    def _captured(self, program: Program, env: Env, stream: torch.cuda.Stream) -> list[Callable[[], None]]:
+        graphs: list[Callable[[], None]] = []
+        with torch.cuda.device(self.device):
+            torch.cuda.synchronize()
+            with torch.cuda.stream(stream):
+                dtype = next(iter(program.weights.values())).dtype
+                some = torch.zeros(16, 16, dtype=dtype, device=self.device)
+                torch.mm(some, some)  # the library makes its workspace, which is to outlive the graphs
+                torch.cuda.synchronize()
+                for index in range(len(program.segments)):
+                    # torch.cuda.graph() would also empty the caches of memory, once a segment.
+                    graph = torch.cuda.CUDAGraph()
+                    # Other threads may use the GPU meanwhile, as long as they leave this stream alone.
+                    graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                    try:
+                        run_segments(program, env, index, index)
+                    finally:
+                        graph.capture_end()
+                    graphs.append(graph.replay)
+        return graphs
+
+
+def _recomputed(program: Program, env: Env, index: int) -> Callable[[], None]:
+    """Run a segment now, and later again with its results copied into the same tensors."""
+    run_segments(program, env, index, index)
+    names = [name for name in program.segments[index].outputs if name in env]
+    for name in names:
+        env[name] = env[name].clone()  # a result may be a view of what it was computed from
+
+    def step() -> None:
+        fresh = dict(env)
+        run_segments(program, fresh, index, index)
+        copy_all([env[name] for name in names], [fresh[name] for name in names])
+
+    return step
+
+
+@dataclass
+class Stages:
+    """The stages of one model, by program.
+
+    Attributes:
+        recorder: makes segments ready.
+        shared: the arenas.
+    """
+
+    recorder: Recorder
+    shared: Env
+    _made: dict[tuple[ProgramShape, Variant, tuple[str, ...]], Stage] = field(default_factory=dict, repr=False)
+
+    def of(self, program: Program, inputs: Callable[[], Tables]) -> Stage:
+        """The stage of a program, made now if it is the first time; ``inputs`` gives those of dead rows."""
+        key = (program.shape, program.variant, tuple(site.name for site in program.sites))
+        if key not in self._made:
+            self._made[key] = Stage(program, inputs(), self.shared, self.recorder)
+        return self._made[key]
+
+    def keep(self, sites: Iterable[str]) -> None:
+        """Drop the stages of other sites than these; a chunk that is on one keeps it."""
+        names = tuple(sites)
+        self._made = {key: stage for key, stage in self._made.items() if key[2] == names}
