@@ -27,6 +27,9 @@ from djinn_fx.specs import Edit, ProgramShape, Variant
 #: From the cheapest to the richest.
 VARIANTS: tuple[Variant, ...] = ("plain", "armed", "rank")
 
+#: Rows that are compared at a time.
+PART = 64
+
 #: An edit that changes every bit pattern it meets, but not the scale of things.
 FACTOR = 0.9
 
@@ -199,10 +202,16 @@ def as_graph(program: Program) -> Program:
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
     """Largest absolute difference; where both are NaN, or the same infinity, it is 0."""
+    # In parts: logits in fp64 would take several times the memory that they take.
+    parts = zip(a.flatten(0, -2).split(PART), b.flatten(0, -2).split(PART), strict=True)
+    return max((_difference(x, y) for x, y in parts if x.numel()), default=0.0)
+
+
+def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
     wide_a, wide_b = a.double(), b.double()
     gap = (wide_a - wide_b).abs()
     gap = torch.where((wide_a == wide_b) | (wide_a.isnan() & wide_b.isnan()), 0.0, gap)
-    return float(torch.nan_to_num(gap, nan=float("inf")).max()) if gap.numel() else 0.0
+    return float(torch.nan_to_num(gap, nan=float("inf")).max())
 
 
 def describe(shape: ProgramShape) -> str:

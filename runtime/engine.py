@@ -116,6 +116,12 @@ class Engine:
         lanes = Lanes(sites, count, self.dtype, self.device, rank, spare)
         return DecodeLoop(self.programs, self.arena, lanes)
 
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes of static buffers on the device: lanes of decode, stages of prompts."""
+        lanes = 0 if self._loop is None else self._loop.lanes.nbytes
+        return lanes + (0 if self._stages is None else self._stages.nbytes)
+
     def described(self) -> Mapping[str, Plain]:
         """``model`` and ``environment`` as they are now, for a checkpoint; made anew only if something changed."""
         parts = (self.sites, self.options, self.identity)

@@ -28,6 +28,10 @@ from djinn_fx.specs import ProgramShape
 
 DECODED = 4
 
+#: The longest chunk of a compiled model that the probe takes as it is served; a longer one would take eager attention
+#: too much memory.
+LONGEST_CHUNK = 1024
+
 
 class ReferenceLike(Protocol):
     """One eager forward pass: ``logits`` ``[T, vocab]`` and ``blocks``: module path to ``[T, hidden]``."""
@@ -135,11 +139,21 @@ def _check(finding: Finding) -> Check:
 def _probe_tokens(engine: Engine, observer: Observer) -> list[int]:
     """Pseudo-random tokens, long enough to cross a chunk boundary and the window where they fit."""
     windows = [window for window in observer.windows if window]
-    wanted = max([SMALLEST_CHUNK + 8, *(window + 8 for window in windows)])
+    wanted = max([(_served_chunk(engine) or SMALLEST_CHUNK) + 8, *(window + 8 for window in windows)])
     count = max(2, min(wanted + DECODED, engine.options.max_length))
     vocab = engine.options.vocab_size
     generator = torch.Generator().manual_seed(0)
     return [int(token) for token in torch.randint(0, vocab, (count,), generator=generator)]
+
+
+def _served_chunk(engine: Engine) -> int | None:
+    """Tokens of a full chunk, where the probe is to consist of such: their programs are captured in any case.
+
+    None for an eager model, which captures small chunks as quickly, and where the probe would not fit.
+    """
+    options = engine.options
+    fits = options.prefill_chunk <= LONGEST_CHUNK and options.prefill_chunk + 8 + DECODED <= options.max_length
+    return options.prefill_chunk if engine.programs.agreements is not None and fits else None
 
 
 def _compare_eager(
@@ -182,6 +196,7 @@ class _Captured:
 
     def __init__(self, engine: Engine, programs: ProgramCache, tokens: list[int], posts: Sequence[Site]) -> None:
         self.engine, self.tokens = engine, tokens
+        self.served = _served_chunk(engine) is not None
         names = {site.name: site for site in (*engine.sites, *posts)}
         self.sites = tuple(sorted(names.values(), key=lambda site: site.order))
         rank = engine.options.edit_rank
@@ -196,7 +211,7 @@ class _Captured:
         try:
             prompt = max(1, len(self.tokens) - DECODED)
             size = min(SMALLEST_CHUNK, self.engine.options.prefill_chunk)
-            if prompt > 8 * SMALLEST_CHUNK:
+            if self.served or prompt > 8 * SMALLEST_CHUNK:
                 size = self.engine.options.prefill_chunk
             for start in range(0, prompt, size):
                 stop = min(start + size, prompt)
@@ -215,7 +230,7 @@ class _Captured:
             self.engine.arena.release(row)
 
     def _chunk(self, row: int, start: int, stop: int, size: int) -> dict[str, torch.Tensor]:
-        query = min(size, bucket(stop - start, SMALLEST_CHUNK)) if size > 1 else 1
+        query = size if self.served else min(size, bucket(stop - start, SMALLEST_CHUNK)) if size > 1 else 1
         chunk = self.executor.begin(BatchRow(row, self._step(start, stop, query)))
         self.executor.advance(chunk, None)
         return chunk.env

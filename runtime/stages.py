@@ -21,6 +21,9 @@ from djinn_fx.runtime.segments import Env, run_segments
 from djinn_fx.runtime.tables import Tables
 from djinn_fx.specs import ProgramShape, Variant
 
+#: Bytes that the buffers of a model's stages may take together.
+LIMIT = 512 << 20
+
 
 @dataclass(eq=False)
 class Chunk:
@@ -96,6 +99,14 @@ class Stage:
         self._steps = recorder.record(program, self.env)
         self._on: weakref.ref[Chunk] | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its buffers, without what all stages share."""
+        own = {
+            id(t.untyped_storage()): t.untyped_storage().nbytes() for n, t in self.env.items() if n not in self.shared
+        }
+        return sum(own.values())
+
     def seat(self, chunk: Chunk) -> None:
         """Bring a chunk onto the stage; whoever is on it leaves."""
         if chunk.stage is self:
@@ -151,8 +162,8 @@ class Recorder:
         with torch.cuda.device(self.device):
             torch.cuda.synchronize()
             with torch.cuda.stream(stream):
-                dtype = next(iter(program.weights.values())).dtype
-                some = torch.zeros(16, 16, dtype=dtype, device=self.device)
+                dtypes = (weight.dtype for weight in program.weights.values() if weight.is_floating_point())
+                some = torch.zeros(16, 16, dtype=next(dtypes, torch.float32), device=self.device)
                 torch.mm(some, some)  # the library makes its workspace, which is to outlive the graphs
                 torch.cuda.synchronize()
                 for index in range(len(program.segments)):
@@ -185,23 +196,35 @@ def _recomputed(program: Program, env: Env, index: int) -> Callable[[], None]:
 
 @dataclass
 class Stages:
-    """The stages of one model, by program.
+    """The stages of one model, by program; the ones used last, as far as their buffers fit in a bound.
 
     Attributes:
         recorder: makes segments ready.
         shared: the arenas.
+        limit: bytes of all stages; one that takes more is there alone.
     """
 
     recorder: Recorder
     shared: Env
+    limit: int = LIMIT
     _made: dict[tuple[ProgramShape, Variant, tuple[str, ...]], Stage] = field(default_factory=dict, repr=False)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all their buffers."""
+        return sum(stage.nbytes for stage in self._made.values())
+
     def of(self, program: Program, inputs: Callable[[], Tables]) -> Stage:
-        """The stage of a program, made now if it is the first time; ``inputs`` gives those of dead rows."""
+        """The stage of a program, made now if there is none; ``inputs`` gives those of dead rows."""
         key = (program.shape, program.variant, tuple(site.name for site in program.sites))
-        if key not in self._made:
-            self._made[key] = Stage(program, inputs(), self.shared, self.recorder)
-        return self._made[key]
+        stage = self._made.pop(key, None)
+        if stage is None:
+            stage = Stage(program, inputs(), self.shared, self.recorder)
+            room = self.limit - stage.nbytes
+            while self._made and self.nbytes > room:
+                del self._made[next(iter(self._made))]  # the one that was not used for longest
+        self._made[key] = stage
+        return stage
 
     def keep(self, sites: Iterable[str]) -> None:
         """Drop the stages of other sites than these; a chunk that is on one keeps it."""

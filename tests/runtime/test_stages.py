@@ -149,3 +149,22 @@ def test_stages_of_sites_no_longer_compiled_go(dj: djinn.Dj) -> None:
         s.forward(ONE).result()
         assert_same_bits(s.forward(OTHER).result().logits, logits)
     own.close()
+
+
+def test_stages_stay_within_their_bound() -> None:
+    own = another_dj("gpt2", backend="static")
+    stages = own.engine.executor.stages
+    assert stages is not None
+    scales = (1.0, 0.5, 1.0, 0.75)
+    expected = [forwarded(own, OTHER, scale) for scale in scales]
+    assert own.memory()["buffers"] > stages.nbytes > 0
+    stages.limit = max(stage.nbytes for stage in stages_of(own))
+    with own.session() as a:
+        run = a.generate(ONE, max_new_tokens=2, breakpoints=["resid_post.0"])
+        next(run)  # it stands on a stage that goes
+        for scale, logits in zip(scales, expected, strict=True):
+            assert_same_bits(forwarded(own, OTHER, scale), logits)
+            assert stages.nbytes <= stages.limit
+        found = run.result().tokens
+    assert found.tolist() == generated(own, ONE, 2).tokens.tolist()
+    own.close()
