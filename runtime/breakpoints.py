@@ -67,25 +67,38 @@ class ArmedBreakpoint:
         return tuple(step.start + tokens[row] for row in rows)
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What a predicate said at one place, on its way from the device.
+@dataclass
+class Said:
+    """What a predicate said at some places, on its way from the device.
 
     Attributes:
         host: bool ``[places]`` on the host, valid once it arrived.
-        index: which of them.
         arrived: passes when they are there; None if they are.
     """
 
     host: torch.Tensor
-    index: int
     arrived: torch.cuda.Event | None
+    _read: list[bool] | None = None
+
+    def read(self) -> list[bool]:
+        """All of it; the first time it waits for the device."""
+        if self._read is None:
+            if self.arrived is not None:
+                self.arrived.synchronize()
+            self._read = self.host.tolist()
+        return self._read
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a predicate said at one place: ``said`` at ``index``."""
+
+    said: Said
+    index: int
 
     def read(self) -> bool:
         """The answer; waits for the device."""
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        return bool(self.host[self.index])
+        return self.said.read()[self.index]
 
 
 @dataclass(frozen=True)
@@ -108,8 +121,8 @@ class Question:
         Raises:
             InvalidPredicate: as :func:`evaluate`.
         """
-        host, arrived = to_host(evaluate(self.point.spec, self.values))
-        return {name: Answer(host, rank, arrived) for rank, name in enumerate(self.sites)}
+        said = Said(*to_host(evaluate(self.point.spec, self.values)))
+        return {name: Answer(said, rank) for rank, name in enumerate(self.sites)}
 
 
 def questions(point: ArmedBreakpoint, sites: Sequence[Site], values: Sequence[torch.Tensor]) -> list[Question]:

@@ -226,7 +226,8 @@ def deliver(engine: Engine, run: Run, site: Site, fired: Sequence[int]) -> Stop:
     """Stop a run after ``site``: the value is copied into a buffer that the stop owns."""
     flight = planner.flight_of(run)
     flight.passed = site.order
-    with torch.inference_mode(False):  # the user may write to it wherever
+    # Under the lock: another thread's step may want the place where it lies.
+    with engine.lock, torch.inference_mode(False):  # the user may write to it wherever
         value = flight.value(site).clone()
     stop = Stop(run, site, flight.step, value, fired)
     run.stand_at(stop)

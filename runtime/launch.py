@@ -89,7 +89,8 @@ class Launch:
     def tokens(self) -> list[int]:
         """Each lane's most likely next token; waits for the device."""
         if self._read is None:
-            if self._arrived is not None:
+            # It has passed where somebody waited for what was enqueued behind it.
+            if self._arrived is not None and not self._arrived.query():
                 self._arrived.synchronize()
             self._read = self._tokens.tolist()
         return self._read
