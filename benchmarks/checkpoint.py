@@ -4,26 +4,32 @@
 
 The tensors are those of a session: keys and values of every layer, prefixes of longer rows, hence strided. On CUDA the
 copies go on a stream of their own into pinned memory; while a decode runs, one is begun after every fourth token, and
-both sides are timed.
+both sides are timed. Beside them: the packing kernel against a copy on the device, checkpoints of sessions between runs
+and at a stop, forks, and one activation on its way back.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from djinn_fx.benchmarks import checkpoint_report, clock
+from djinn_fx.benchmarks import checkpoint_report, clock, forking
 from djinn_fx.benchmarks.context import Context
 from djinn_fx.benchmarks.copying import Copying, Way, ways
 from djinn_fx.benchmarks.models import Loaded
 from djinn_fx.benchmarks.record import Json
 from djinn_fx.benchmarks.registry import Benchmark, main
 from djinn_fx.benchmarks.stats import overhead, summary
+from djinn_fx.kernels import pack as packing
 
 #: A copy is begun after every so many tokens.
 EVERY = 4
+
+#: Lengths of sessions on CUDA: each ends in a chunk that is padded to the largest size, so that one program serves all.
+LENGTHS = (288, 512, 800, 1008)
 
 
 def run(context: Context) -> dict[str, Json]:
@@ -38,9 +44,14 @@ def run(context: Context) -> dict[str, Json]:
     }
     length = min(512, loaded.room // 2) if full else min(32, loaded.room // 4)
     prompt = loaded.prompts(1, length, context.options.seed)[0].tolist()
-    dj = context.compile(loaded, max_sessions=2, max_length=min(loaded.room, 2 * length + 128))
+    room = min(loaded.room, 2 * length + 128)
+    # Answers are compared with the same model's undisturbed ones, so it is not verified once more.
+    dj = context.compile(loaded, max_sessions=4, max_length=room, verify=False)
     try:
-        found["sessions"] = context.part("checkpoints of sessions", lambda: _sessions(context, dj, prompt))
+        found["sessions"] = context.part("checkpoints of sessions", lambda: _sessions(context, loaded, dj, room))
+        found["at_stop"] = context.part("checkpoints at a stop", lambda: forking.at_stop(context, loaded, dj, prompt))
+        found["activation"] = context.part("an activation back", lambda: forking.activation_back(context))
+        found["forks"] = context.part("forks", lambda: forking.forks(context, loaded, dj, room))
         under = [size for size in sizes if size in (1, 16, 64)]
         found["under_load"] = context.part(
             "copies while a decode runs", lambda: [_under_load(context, loaded, dj, prompt, size) for size in under]
@@ -55,6 +66,7 @@ def _alone(context: Context, loaded: Loaded, mib: int) -> dict[str, Json]:
     copying = Copying.like(loaded, mib << 20)
     repeats = context.size(20, 4)
     found: dict[str, Json] = {"mib": mib, "bytes": copying.nbytes, "tensors": len(copying.tensors), "ways": {}}
+    found["pack"] = _packed(context, copying, repeats)
     for way in ways(copying):
         if way.absent is not None:
             found["ways"][way.name] = {"absent": way.absent}
@@ -72,6 +84,18 @@ def _alone(context: Context, loaded: Loaded, mib: int) -> dict[str, Json]:
     return found
 
 
+def _packed(context: Context, copying: Copying, repeats: int) -> dict[str, Json]:
+    """The packing alone, on the device, against a copy of as many contiguous bytes there."""
+    device, staging = copying.device, copying.staging
+
+    def times(call: Callable[[], object]) -> list[float]:
+        return [1e3 * clock.device_seconds(device, call) for _ in range(repeats + 2)][2:]
+
+    pack = summary(times(lambda: packing.pack(copying.tensors, staging)), "ms")
+    copy = summary(times(lambda: staging.copy_(copying.flat)), "ms")
+    return {"pack": pack, "copy": copy, "share_of_copy": copy["median"] / pack["median"]}
+
+
 def _times(copying: Copying, way: Way, repeats: int) -> tuple[list[float], list[float]]:
     """Milliseconds until the call returns, and until all is on the host."""
     dispatch, whole = [], []
@@ -82,10 +106,12 @@ def _times(copying: Copying, way: Way, repeats: int) -> tuple[list[float], list[
     return dispatch[2:], whole[2:]
 
 
-def _sessions(context: Context, dj: Any, prompt: list[int]) -> list[dict[str, Json]]:
+def _sessions(context: Context, loaded: Loaded, dj: Any, room: int) -> list[dict[str, Json]]:
     """``session.checkpoint()`` by length."""
+    lengths = [n for n in (LENGTHS if context.device.type == "cuda" else (16, 64)) if n < room]
+    prompt = loaded.prompts(1, max(lengths), context.options.seed)[0].tolist()
     found = []
-    for length in [n for n in (16, 64, 256, 512) if n <= len(prompt)]:
+    for length in lengths:
         dispatch, whole = [], []
         with dj.session() as session:
             session.generate(prompt[:length], max_new_tokens=1).run_to_end()

@@ -7,11 +7,20 @@ from djinn_fx.benchmarks.tables import Picture, Table, figure, mebibytes, missin
 
 
 def tables(record: Record) -> list[Table]:
-    """Ways alone, under load, and sessions."""
+    """Ways alone, under load, sessions, and what happens at stops."""
     results = record.results
-    makers = (("alone", _alone), ("sessions", _sessions), ("under_load", _under_load))
+    makers = (
+        ("alone", _alone),
+        ("sessions", _sessions),
+        ("at_stop", _at_stop),
+        ("forks", _forks),
+        ("activation", _activation),
+        ("under_load", _under_load),
+    )
     found: list[Table] = []
     for part, maker in makers:
+        if part not in results:  # a record of an earlier version
+            continue
         why = missing(results[part])
         found += [Table(part.capitalize(), ["why"], [[why]])] if why else maker(results[part])
     return found
@@ -27,7 +36,18 @@ def _alone(part: Json) -> list[Table]:
         Table("Copies alone", heads, rows, note),
         Table("Copies alone, GB/s", heads, speed),
         Table("Copies alone: the call returns", heads, dispatch, "Milliseconds of host work, medians."),
+        *_packed(part, heads),
     ]
+
+
+def _packed(part: Json, heads: list[str]) -> list[Table]:
+    cells = [entry.get("pack") for entry in part]
+    if any(missing(cell) for cell in cells):
+        return []
+    rows = [[what, *(figure(cell[key]) for cell in cells)] for key, what in (("pack", "pack"), ("copy", "copy"))]
+    rows.append(["share of the copy's bandwidth", *(f"{100 * cell['share_of_copy']:.0f} %" for cell in cells)])
+    note = "Device time of the packing kernel, and of a copy of as many contiguous bytes on the device; ms, medians."
+    return [Table("Packing on the device", ["what", *heads[1:]], rows, note)]
 
 
 def _cell(cell: Json, key: str) -> str:
@@ -40,6 +60,33 @@ def _sessions(part: Json) -> list[Table]:
     ]
     heads = ["tokens", "bytes", "call returns, ms", "safe, ms"]
     return [Table("session.checkpoint()", heads, rows, "Through the public API; medians.")]
+
+
+def _at_stop(part: Json) -> list[Table]:
+    row = [str(part["tokens"]), str(part["layer"]), mebibytes(part["bytes"])]
+    note = f"The session stands in its prompt; of the bytes, one activation is {mebibytes(part['activation_bytes'])}."
+    heads = ["tokens", "layer", "bytes", "call returns, ms", "safe, ms"]
+    return [Table("Checkpoint at a stop", heads, [[*row, figure(part["dispatch"]), figure(part["whole"])]], note)]
+
+
+def _forks(part: Json) -> list[Table]:
+    rows = [
+        [
+            f"fork of {row['tokens']:,} tokens",
+            mebibytes(row["bytes"]) if "bytes" in row else "-",
+            figure(row["dispatch"]),
+            figure(row["whole"]),
+        ]
+        for row in part
+    ]
+    note = "stop.fork() while decoding, the device idle before it; medians. Done: the device has copied the KV."
+    return [Table("Forks", ["what", "KV", "call returns, ms", "done, ms"], rows, note)]
+
+
+def _activation(part: Json) -> list[Table]:
+    row = [mebibytes(part["bytes"]), figure(part["back"]), figure(part["back"], "p95")]
+    note = "From pinned memory to the device and there; as many bytes as the original system's one activation."
+    return [Table("An activation back", ["bytes", "ms", "p95"], [row], note)]
 
 
 def _under_load(part: Json) -> list[Table]:

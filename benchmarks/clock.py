@@ -11,6 +11,9 @@ import torch
 
 Device = torch.device
 
+#: Cycles that a device sleeps while the host enqueues what is to be timed: about a millisecond.
+COVER = 2_000_000
+
 
 def synchronize(device: Device) -> None:
     """Wait until the device has done what it was given; nothing to wait for on the CPU."""
@@ -42,15 +45,24 @@ def read_bandwidth(device: Device, nbytes: int = 1 << 31) -> float:
     source = torch.ones(nbytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     target.copy_(source)
-    fastest = min(_device_seconds(device, lambda: target.copy_(source)) for _ in range(10))
+    fastest = min(device_seconds(device, lambda: target.copy_(source)) for _ in range(10))
     return 2 * nbytes / fastest
 
 
-def _device_seconds(device: Device, call: Callable[[], object]) -> float:
-    """Seconds of device work: by events on CUDA, which leave the host's part out."""
+def device_seconds(device: Device, call: Callable[[], object], before: Callable[[], object] = lambda: None) -> float:
+    """Seconds of device work alone: by events on CUDA, enqueued while the device is busy, so the host's part is hidden.
+
+    Args:
+        device: where the work runs; on the CPU the host's work is the device's.
+        call: enqueues the work, on the current stream.
+        before: enqueues what comes right before it and is not timed.
+    """
     if device.type != "cuda":
+        before()
         return seconds(device, call)
     first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda._sleep(COVER)
+    before()
     first.record()
     call()
     last.record()
@@ -58,10 +70,21 @@ def _device_seconds(device: Device, call: Callable[[], object]) -> float:
     return float(first.elapsed_time(last)) / 1e3
 
 
+def device_used(device: Device) -> int:
+    """Bytes of a CUDA device that are not free, whoever has them; 0 on the CPU."""
+    if device.type != "cuda":
+        return 0
+    free, total = torch.cuda.mem_get_info(device)
+    return int(total - free)
+
+
 def memory_in_use(device: Device) -> int:
     """Bytes of live tensors on a CUDA device; on the CPU the process's resident bytes."""
-    if device.type == "cuda":
-        return int(torch.cuda.memory_allocated(device))
+    return int(torch.cuda.memory_allocated(device)) if device.type == "cuda" else resident()
+
+
+def resident() -> int:
+    """Resident bytes of this process; 0 where the system does not say."""
     statm = Path("/proc/self/statm")
     if not statm.exists():
         return 0

@@ -1,9 +1,10 @@
 """Compiling: seconds to the first token against depth, cold and warm, beside whole-graph compilation.
 
-    python -m benchmarks.compile --out DIR [--quick]
+    python -m benchmarks.compile --out DIR [--quick] [--depths 32] [--no-peers]
 
 Every figure comes from a process of its own with a cache folder of its own, empty (cold) or left by the process before
-(warm). Importing and making the model are not counted.
+(warm). Importing and making the model are not counted. Whole-graph
+compilation is the other system here: ``--no-peers`` leaves it out.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ CACHES = {
     "TRITON_CACHE_DIR": "triton",
     "XDG_CACHE_HOME": "user",
     "DJINN_CACHE_DIR": "djinn",
-    "DJINN_FX_CACHE": "djinn",
 }
 
 #: What is compiled, as the child knows it.
@@ -40,24 +40,37 @@ def run(context: Context) -> dict[str, Json]:
     """Every depth by every kind, cold and then warm; the shallowest and the deepest first."""
     from djinn_fx.benchmarks import models
 
-    quick = context.options.quick
-    depths = [4, 32, 8, 16]
-    if context.device.type == "cpu":
-        depths = [4] if quick else [4, 16, 8]
-    if context.device.type == "cuda" and quick:
-        depths = [4, 8]
+    quick, depths = context.options.quick, depths_of(context)
+    kinds = KINDS if context.options.peers else {"djinn": KINDS["djinn"]}
     built_in = models._configuration(context.options.model) is not None
     if not built_in:
         context.say(f"{context.options.model} has one depth only")
     rows = []
     for depth in depths if built_in else [None]:
-        for kind in KINDS:
+        for kind in kinds:
             if quick and context.device.type == "cpu" and kind == "whole":
                 why = "left out of a --quick run on the CPU: compiling takes longer than the rest"
                 rows.append({"depth": depth, "kind": kind, "cold": {"skipped": why}, "warm": {"skipped": why}})
                 continue
             rows.append({"depth": depth, "kind": kind, **_pair(context, depth, kind)})
-    return {"rows": sorted(rows, key=lambda row: (row["kind"], row["depth"] or 0)), "names": KINDS}
+    return {"rows": sorted(rows, key=lambda row: (row["kind"], row["depth"] or 0)), "names": kinds}
+
+
+def depths_of(context: Context) -> list[int]:
+    """The depths that were asked for, or those of a run of this size; the telling ones first.
+
+    Raises:
+        ValueError: ``--depths`` is no list of whole numbers above 0.
+    """
+    asked = context.options.depths
+    if asked:
+        found = [int(word) if word.strip().isdecimal() else 0 for word in asked.split(",")]
+        if min(found) < 1:
+            raise ValueError(f"--depths {asked}: give numbers of layers, 1 or more, separated by commas.")
+        return found
+    if context.device.type == "cpu":
+        return [4] if context.options.quick else [4, 16, 8]
+    return [4, 8] if context.options.quick else [4, 32, 8, 16]
 
 
 def _pair(context: Context, depth: int | None, kind: str) -> dict[str, Json]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ class Options:
         seed: of weights, prompts and statistics.
         budget_seconds: parts that would begin later than this are left out, visibly.
         peers: whether other systems run too.
+        depths: numbers of layers, separated by commas, for benchmarks that vary them; empty: their own choice.
     """
 
     model: str = "gpt2"
@@ -38,6 +39,7 @@ class Options:
     seed: int = 0
     budget_seconds: float | None = None
     peers: bool = True
+    depths: str = ""
 
     def resolved(self) -> Options:
         """The same with every ``"auto"`` but the backend's replaced by what it means here."""
@@ -47,7 +49,7 @@ class Options:
         dtype = self.dtype
         if dtype == "auto":
             dtype = "bfloat16" if device.startswith("cuda") else "float32"
-        return Options(self.model, device, dtype, self.backend, self.quick, self.seed, self.budget_seconds, self.peers)
+        return replace(self, device=device, dtype=dtype)
 
 
 @dataclass
@@ -57,12 +59,14 @@ class Context:
     Attributes:
         options: resolved.
         listener: told each line of the log.
+        keep: given each part's name and what it found as soon as it is done.
         checks: made so far.
         log: so far.
     """
 
     options: Options
     listener: Callable[[str], object] = print
+    keep: Callable[[str, Json], object] = lambda name, found: None
     checks: list[Check] = field(default_factory=list)
     log: list[tuple[float, str]] = field(default_factory=list)
     begun: float = field(default_factory=time.perf_counter)
@@ -124,6 +128,7 @@ class Context:
             self.check(name, False, f"{type(error).__name__}: {error}"[:300])
             found = {"failed": f"{type(error).__name__}: {error}"[:300]}
         clock.clear(self.device)
+        self.keep(name, found)
         self.say(f"{name}: {self.spent - began:.1f} s")
         return found
 

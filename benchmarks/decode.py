@@ -31,9 +31,8 @@ from djinn_fx.benchmarks.truth import COMPARED, Truth
 #: Factor of every scaling.
 FACTOR = 0.9
 
-#: Directions of a rank-k edit.
+#: Directions of a rank-k edit, and the edit_rank of the compiled model.
 RANK = 2
-
 
 #: Why a peer has no figure at some numbers of rows.
 SHAPES = "it compiles for each number of rows anew; measured at others"
@@ -99,7 +98,7 @@ def run(context: Context) -> dict[str, Json]:
     prompts = loaded.prompts(max(plan.rows), plan.prompt, context.options.seed)
     bandwidth = clock.read_bandwidth(context.device)
     found: dict[str, Json] = {
-        "plan": vars(plan),
+        "plan": {**vars(plan), "edit_rank": RANK},
         "bandwidth_bytes_per_second": bandwidth,
         "weight_bytes": loaded.weight_bytes,
         "floor_ms": 1e3 * loaded.read_bytes / bandwidth,
@@ -126,7 +125,7 @@ class Ours:
         """Every variant at every number of rows."""
         most = min(max(self.plan.rows), 32)
         room = min(self.plan.room, self.loaded.room)
-        dj = self.context.compile(self.loaded, max_sessions=most, max_length=room, verify=True)
+        dj = self.context.compile(self.loaded, max_sessions=most, max_length=room, edit_rank=RANK)
         self.context.say(str(dj.receipt))
         try:
             checked = self.context.part("our answers", lambda: self._variants(dj))
@@ -237,7 +236,7 @@ class Theirs:
         why = peer.refusal(work)
         if why is not None:
             return {"unsupported": why}
-        counts = _counts(peer, key, self.plan.rows)
+        counts = _counts(peer, key, self.plan.rows, large=self.loaded.weight_bytes > LARGE)
         return {
             str(rows): self._rows(peer, decoder, key, rows) if rows in counts else {"skipped": SHAPES}
             for rows in self.plan.rows
@@ -264,11 +263,11 @@ def _blocks(take: Callable[[int], float], blocks: int, size: int) -> list[float]
     return [1e3 * take(size) / size for _ in range(blocks)]
 
 
-def _counts(peer: Peer, key: str, rows: tuple[int, ...]) -> tuple[int, ...]:
-    """The numbers of rows at which a peer is measured: fewer where each takes a compilation."""
+def _counts(peer: Peer, key: str, rows: tuple[int, ...], *, large: bool) -> tuple[int, ...]:
+    """The numbers of rows at which a peer is measured: fewer where each takes a compilation, of a minute if large."""
     if not peer.compiles:
         return rows
-    return (rows[0], rows[-1]) if key == "plain" else rows[:1]
+    return (rows[0], rows[-1]) if key == "plain" and not large else rows[:1]
 
 
 def _three(layers: int) -> tuple[int, ...]:

@@ -39,7 +39,8 @@ def tables(record: Record) -> list[Table]:
     note = (
         f"Milliseconds per token step, medians; prompts of {results['plan']['prompt']} tokens, blocks of "
         f"{results['plan']['block']} between two synchronisations, host work included. Where one of many rows "
-        "stops, the figure is that of the others. The floor is the weights that a step reads over the bandwidth of a "
+        f"stops, the figure is that of the others. edit_rank {results['plan'].get('edit_rank', 4)}. The floor is the "
+        "weights that a step reads over the bandwidth of a "
         f"large copy measured in the same run ({results['bandwidth_bytes_per_second'] / 1e12:.2f} TB/s)."
     )
     heads = [f"{row} row{'s' if row != '1' else ''}" for row in rows]

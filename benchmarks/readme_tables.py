@@ -1,7 +1,8 @@
 """Regenerate the README's tables and its picture from committed records.
 
-    python -m benchmarks.readme_tables [--check]
+    python -m benchmarks.readme_tables [--check] [--card h100]
 
+The records lie in a folder of ``benchmarks/results/`` that is named by the card; where there are several, say which.
 Between ``<!-- bench:NAME -->`` and ``<!-- /bench -->`` stands what NAME gives: ``interactivity`` (the experiment at a
 glance), ``decode`` (milliseconds per token), ``picture`` (one row, by system). Nothing between them is typed.
 """
@@ -21,17 +22,33 @@ from djinn_fx.benchmarks.report import table_body
 
 ROOT = Path(__file__).resolve().parents[1]
 
-#: Where the committed records lie, and where pictures go, from the root.
-RESULTS, IMAGES = Path("benchmarks/results/h200"), Path("docs/images")
+#: Where the committed records lie, a folder for each card, and where pictures go, from the root.
+RESULTS, IMAGES = Path("benchmarks/results"), Path("docs/images")
+
+#: Cards by name, the first that there are records of is taken.
+CARDS = ("h200", "h100")
 
 MARKED = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 
 
-def blocks(root: Path) -> dict[str, Callable[[], str]]:
+def results_of(root: Path, card: str | None = None) -> Path:
+    """The folder of the records of a card, or of the first card that there are records of.
+
+    Raises:
+        ValueError: there are none.
+    """
+    for name in (card,) if card else CARDS:
+        folder = root / RESULTS / name
+        if any(folder.glob("*.json")):
+            return folder
+    raise ValueError(f"no records under {RESULTS}/{card or ' or '.join(CARDS)}.")
+
+
+def blocks(root: Path, card: str | None = None) -> dict[str, Callable[[], str]]:
     """What each name gives."""
 
     def record(name: str) -> Record:
-        return load(root / RESULTS / f"{name}.json")
+        return load(results_of(root, card) / f"{name}.json")
 
     def interactivity() -> str:
         found = record("interactivity_gpt2")
@@ -39,9 +56,10 @@ def blocks(root: Path) -> dict[str, Callable[[], str]]:
         return f"{table_body(table)}\n\n{_source(found)} {table.note}"
 
     def decode() -> str:
-        found = [load(path) for path in sorted((root / RESULTS).glob("decode_*.json"))]
+        folder = results_of(root, card)
+        found = [load(path) for path in sorted(folder.glob("decode_*.json"))]
         if not found:
-            raise ValueError(f"no decode_*.json under {RESULTS}.")
+            raise ValueError(f"no decode_*.json under {folder}.")
         return f"{table_body(decode_report.combined(found))}\n\n{_source(found[0])} Medians; host work included."
 
     def picture() -> str:
@@ -60,13 +78,13 @@ def _source(record: Record) -> str:
     )
 
 
-def filled(text: str, root: Path = ROOT) -> str:
-    """A page with every marked place filled.
+def filled(text: str, root: Path = ROOT, card: str | None = None) -> str:
+    """A page with every marked place filled, from the records of a card.
 
     Raises:
         ValueError: a name that gives nothing, or a record that is missing or damaged.
     """
-    known = blocks(root)
+    known = blocks(root, card)
 
     def fill(match: re.Match[str]) -> str:
         if match[2] not in known:
@@ -80,10 +98,14 @@ def main() -> int:
     """Fill the README; with ``--check`` only say whether it is as the records have it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing; 1 if something would change")
-    check = parser.parse_args().check
+    parser.add_argument(
+        "--card", help=f"whose records, a folder of {RESULTS}; default: the first of {', '.join(CARDS)}"
+    )
+    chosen = parser.parse_args()
+    check: bool = chosen.check
     readme = ROOT / "README.md"
     before = readme.read_text(encoding="utf-8")
-    after = filled(before)
+    after = filled(before, card=chosen.card)
     if not check:
         readme.write_text(after, encoding="utf-8")
     print("as the records have it" if before == after else "differs" if check else f"filled {readme.name}")

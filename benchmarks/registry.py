@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib
+import json
 import re
 import signal
 from collections.abc import Callable
@@ -73,9 +74,14 @@ def find(name: str) -> Benchmark:
     return entry
 
 
-def run(entry: Benchmark, options: Options, listener: Callable[[str], object] = print) -> Record:
-    """Run a benchmark from start to end."""
-    context = Context(options.resolved(), listener)
+def run(
+    entry: Benchmark,
+    options: Options,
+    listener: Callable[[str], object] = print,
+    keep: Callable[[str, Json], object] = lambda name, found: None,
+) -> Record:
+    """Run a benchmark from start to end; ``keep`` is given each part as soon as it is done."""
+    context = Context(options.resolved(), listener, keep)
     torch.manual_seed(options.seed)
     record = Record(
         benchmark=entry.name,
@@ -100,6 +106,31 @@ def file_name(record: Record) -> str:
     return f"{record.benchmark}_{model}.json"
 
 
+@dataclass(frozen=True)
+class Parts:
+    """What is left of a run that is killed: each part as it was done, a line of JSON each.
+
+    Attributes:
+        path: of the file.
+    """
+
+    path: Path
+
+    def keep(self, name: str, found: Json) -> None:
+        """Write a part down; one that holds objects for the next part is left out."""
+        try:
+            line = json.dumps({"part": name, "found": found})
+        except TypeError:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def clear(self) -> None:
+        """Remove the file."""
+        self.path.unlink(missing_ok=True)
+
+
 def _ended(number: int, frame: object) -> None:
     """What is under way fails, and what was measured before it is still written."""
     raise TimeoutError("ended from outside")
@@ -121,11 +152,16 @@ def main(name: str, arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--seed", type=int, default=default.seed)
     parser.add_argument("--budget-seconds", type=float)
-    parser.add_argument("--no-peers", dest="peers", action="store_false")
+    parser.add_argument("--no-peers", dest="peers", action="store_false", help="measure no other systems")
+    parser.add_argument("--depths", default=default.depths, help="compile: numbers of layers, such as 4,32")
     parser.add_argument("--out", type=Path, default=Path("bench"))
     chosen = vars(parser.parse_args(arguments))
     signal.signal(signal.SIGTERM, _ended)
     out: Path = chosen.pop("out")
-    record = run(entry, Options(**chosen), lambda line: print(line, flush=True))
+    options = Options(**chosen)
+    parts = Parts(out / f"{name}_{Path(options.model).name or 'model'}.parts.jsonl")
+    parts.clear()
+    record = run(entry, options, lambda line: print(line, flush=True), parts.keep)
     print(save(record, out / file_name(record)))
+    parts.clear()
     return 0 if record.right else 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from djinn_fx.benchmarks import clock
+from djinn_fx.benchmarks.checkpoint import LENGTHS
 from djinn_fx.benchmarks.interacting.bench import Bench
 from djinn_fx.benchmarks.record import Json
 from djinn_fx.benchmarks.stats import summary
@@ -50,10 +51,12 @@ def _memory(bench: Bench) -> dict[str, Json]:
 def _by_length(bench: Bench) -> list[dict[str, Json]]:
     """Bytes of a checkpoint after so many tokens, and how long it takes."""
     found = []
-    lengths = [n for n in (16, 32, 64, 128, 256, 512, 1024, 2048, 4096) if n <= len(bench.prompt)]
+    wanted = LENGTHS if bench.device.type == "cuda" else (16, 32, 64, 128, 256, 512)
+    lengths = [n for n in wanted if n < bench.room] or [len(bench.prompt)]
+    prompt = bench.loaded.prompts(1, max(lengths), bench.context.options.seed)[0].tolist()
     for length in lengths:
         with bench.dj.session() as session:
-            session.generate(bench.prompt[:length], max_new_tokens=1).run_to_end()
+            session.generate(prompt[:length], max_new_tokens=1).run_to_end()
             bench.sync()
             start = time.perf_counter()
             taken = session.checkpoint()

@@ -11,13 +11,13 @@ from djinn_fx.benchmarks.decoder import Peer
 
 
 def peers() -> list[Peer]:
-    """Every peer, those that change the model last."""
+    """Every peer: those that compile behind those that do not, and those that change the model last."""
     folder = [str(Path(__file__).parent)]
     found: list[Peer] = []
     for module in pkgutil.iter_modules(folder):
         loaded = importlib.import_module(f"djinn_fx.benchmarks.peers.{module.name}")
         found += getattr(loaded, "PEERS", ())
-    return sorted(found, key=lambda peer: peer.last)
+    return sorted(found, key=lambda peer: (peer.last, peer.compiles))
 
 
 def not_installed(module: str, extra: str) -> str | None:

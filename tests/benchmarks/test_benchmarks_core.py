@@ -12,16 +12,18 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from djinn_fx.benchmarks import compile as compiling
 from djinn_fx.benchmarks import report
 from djinn_fx.benchmarks.answers import Answer, judge
 from djinn_fx.benchmarks.context import Context, Options
 from djinn_fx.benchmarks.interacting.residency import bus_bytes
 from djinn_fx.benchmarks.record import Record, load, save
-from djinn_fx.benchmarks.registry import Benchmark, discover, run, summaries
+from djinn_fx.benchmarks.registry import Benchmark, Parts, discover, run, summaries
 from djinn_fx.benchmarks.tables import Picture, Table, figure
+from djinn_fx.benchmarks.waiting import waiting_calls
 from djinn_fx.cli import app
 
-FOUR = {"interactivity", "decode", "checkpoint", "compile"}
+ALL = {"interactivity", "decode", "checkpoint", "compile", "steps", "endurance"}
 
 
 def context() -> Context:
@@ -33,16 +35,16 @@ def answer(*tokens: int, vocab: int = 5) -> Answer:
     return Answer(row, torch.zeros(1, len(tokens), vocab).scatter_(-1, row[..., None], 4.0))
 
 
-def test_the_four_are_registered_under_their_files_names() -> None:
+def test_all_are_registered_under_their_files_names() -> None:
     found = discover()
-    assert set(found) >= FOUR and set(found) == set(summaries())
+    assert set(found) >= ALL and set(found) == set(summaries())
     assert all(name == entry.name for name, entry in found.items())
 
 
 def test_the_command_line_lists_them() -> None:
     shown = CliRunner().invoke(app, ["bench"])
     assert shown.exit_code == 0
-    assert all(name in shown.output for name in FOUR)
+    assert all(name in shown.output for name in ALL)
 
 
 def test_a_wrong_result_has_no_speed() -> None:
@@ -70,6 +72,21 @@ def test_a_part_that_fails_is_seen_and_the_others_go_on() -> None:
     record = run(entry, Options(model="tiny", device="cpu"), lambda line: None)
     assert record.results == {"a": {"failed": "RuntimeError: no memory"}, "b": {"median": 2.0, "unit": "ms"}}
     assert not record.right and any("Traceback" in line for _, line in record.log)
+
+
+def test_what_is_done_is_kept_even_if_the_run_dies(tmp_path: Path) -> None:
+    def measure(here: Context) -> dict[str, Any]:
+        here.part("figures", lambda: {"median": 2.0})
+        here.part("objects", lambda: {"for the next part": object()})
+        raise KeyboardInterrupt
+
+    parts = Parts(tmp_path / "new" / "fake.parts.jsonl")
+    entry = Benchmark("fake", measure, lambda record: [], lambda record: [])
+    with pytest.raises(KeyboardInterrupt):
+        run(entry, Options(model="tiny", device="cpu"), lambda line: None, parts.keep)
+    assert parts.path.read_text() == '{"part": "figures", "found": {"median": 2.0}}\n'
+    parts.clear()
+    assert not parts.path.exists()
 
 
 def test_a_spent_budget_leaves_parts_out_visibly() -> None:
@@ -153,6 +170,41 @@ def test_bytes_on_the_bus_are_counted_from_a_trace(tmp_path: Path) -> None:
     ]
     (tmp_path / "trace.json").write_text(json.dumps({"traceEvents": events}))
     assert bus_bytes(tmp_path / "trace.json") == {"HtoD": 32, "DtoH": 8, "copies": 2}
+
+
+def test_calls_that_wait_are_counted_from_a_trace(tmp_path: Path) -> None:
+    events = [
+        {"cat": "cuda_runtime", "name": "cudaEventSynchronize", "dur": 400.0},
+        {"cat": "cuda_runtime", "name": "cudaEventSynchronize", "dur": 1.5},
+        {"cat": "cuda_driver", "name": "cuStreamSynchronize", "dur": 30},
+        {"cat": "cuda_runtime", "name": "cudaMemcpy", "dur": 12.0},
+        {"cat": "cuda_runtime", "name": "cudaMemcpyAsync", "dur": 900.0},
+        {"cat": "cuda_runtime", "name": "cudaGraphLaunch", "dur": 90.0},
+        {"cat": "cpu_op", "name": "cudaDeviceSynchronize"},
+        {"ph": "M"},
+    ]
+    (tmp_path / "trace.json").write_text(json.dumps({"traceEvents": events}))
+    found = waiting_calls(tmp_path / "trace.json")
+    assert found == {"cudaEventSynchronize": 2, "cuStreamSynchronize": 1, "cudaMemcpy": 1, "waited": 3}
+
+
+def test_depths_are_asked_for() -> None:
+    def depths(text: str, **options: Any) -> list[int]:
+        return compiling.depths_of(Context(Options(device="cpu", depths=text, **options).resolved()))
+
+    assert depths("32") == [32] and depths("4, 32") == [4, 32]
+    assert depths("", quick=True) == [4] and set(depths("")) == {4, 8, 16}
+    for broken in ("x", "4,", "0", "-4"):
+        with pytest.raises(ValueError, match="--depths"):
+            depths(broken)
+
+
+def test_without_peers_the_whole_graph_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "_pair", lambda context, depth, kind: {"cold": {}, "warm": {}})
+    ours = compiling.run(Context(Options(device="cpu", depths="32", peers=False).resolved(), lambda line: None))
+    both = compiling.run(Context(Options(device="cpu", depths="32").resolved(), lambda line: None))
+    assert [(row["kind"], row["depth"]) for row in ours["rows"]] == [("djinn", 32)]
+    assert {row["kind"] for row in both["rows"]} == {"djinn", "whole"} and set(ours["names"]) == {"djinn"}
 
 
 def test_what_vllm_lacks_is_read_off_its_api(monkeypatch: pytest.MonkeyPatch) -> None:

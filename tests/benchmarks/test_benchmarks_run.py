@@ -15,6 +15,7 @@ from djinn_fx.benchmarks import models, readme_tables, report
 from djinn_fx.benchmarks.answers import Answer, Work, tolerance
 from djinn_fx.benchmarks.context import Options
 from djinn_fx.benchmarks.copying import Copying, ways
+from djinn_fx.benchmarks.decode import _counts
 from djinn_fx.benchmarks.peers.hooks import HooksDecoder
 from djinn_fx.benchmarks.peers.roster import peers
 from djinn_fx.benchmarks.record import Record, load, save
@@ -72,6 +73,15 @@ def test_absent_peers_are_visible_rows(tmp_path: Path) -> None:
     assert all(name in text and str(why) in text for name, why in absent.items())
 
 
+def test_peers_that_compile_are_measured_less_often() -> None:
+    compiling = next(peer for peer in peers() if peer.compiles)
+    counts = {large: _counts(compiling, "plain", (1, 8, 32), large=large) for large in (False, True)}
+    assert counts == {False: (1, 32), True: (1,)}
+    others = [peer for peer in peers() if not peer.compiles and not peer.last]
+    assert all(_counts(peer, "scale", (1, 8, 32), large=True) == (1, 8, 32) for peer in others)
+    assert peers().index(compiling) > max(peers().index(peer) for peer in others)
+
+
 def test_decoding_is_right_and_the_floor_is_lower() -> None:
     found = record("decode")
     assert found.right and len(found.checks) >= 9
@@ -109,6 +119,18 @@ def test_every_way_of_copying_brings_every_byte() -> None:
     assert seen == 4
 
 
+def test_checkpoints_and_forks_are_exact(tmp_path: Path) -> None:
+    found = record("checkpoint")
+    assert found.right, [check for check in found.checks if not check.held]
+    results = found.results
+    assert not [name for name, part in results.items() if isinstance(part, dict) and missing(part)]
+    assert [row["tokens"] for row in results["forks"]] == [16, 32]
+    assert all(row["whole"]["median"] >= row["dispatch"]["median"] > 0 for row in results["forks"])
+    assert results["activation"]["bytes"] == 2_500_000
+    text = report.write(found, tmp_path).read_text()
+    assert "fork of 32 tokens" in text and "share of the copy's bandwidth" in text and "Checkpoint at a stop" in text
+
+
 def test_random_models_are_seeded_and_of_any_depth() -> None:
     same, deeper = models.load("tiny", CPU, torch.float32), models.load("tiny", CPU, torch.float32, layers=6)
     other = models.load("tiny", CPU, torch.float32, seed=1)
@@ -121,7 +143,9 @@ def test_random_models_are_seeded_and_of_any_depth() -> None:
 
 
 def test_the_readme_is_filled_from_records(tmp_path: Path) -> None:
-    results = tmp_path / readme_tables.RESULTS
+    with pytest.raises(ValueError, match="no records"):
+        readme_tables.results_of(tmp_path)
+    results = tmp_path / readme_tables.RESULTS / "h100"
     save(record("interactivity"), results / "interactivity_gpt2.json")
     save(record("decode"), results / "decode_gpt2.json")
     page = "".join(
@@ -130,6 +154,8 @@ def test_the_readme_is_filled_from_records(tmp_path: Path) -> None:
     once = readme_tables.filled(page, tmp_path)
     assert "typed" not in once and "| token accuracy | 100 % | 100 % |" in once and "bandwidth floor" in once
     assert (tmp_path / "docs" / "images" / "decode_one_row.png").exists()
-    assert readme_tables.filled(once, tmp_path) == once
+    assert readme_tables.filled(once, tmp_path) == once == readme_tables.filled(page, tmp_path, "h100")
+    with pytest.raises(ValueError, match="h200"):
+        readme_tables.filled(page, tmp_path, "h200")
     with pytest.raises(ValueError, match="there are"):
         readme_tables.filled("<!-- bench:unknown -->\n<!-- /bench -->", tmp_path)

@@ -1,0 +1,77 @@
+"""What a record of ``steps`` shows."""
+
+from __future__ import annotations
+
+from djinn_fx.benchmarks.record import Json, Record
+from djinn_fx.benchmarks.tables import Picture, Table, figure, missing, number, share
+
+#: The arms in the order of the table.
+ORDER = ("whole", "whole again", "plain", "armed", "rank")
+
+
+def tables(record: Record) -> list[Table]:
+    """A table for each number of rows."""
+    return [_table(record, rows, entry) for rows, entry in record.results["rows"].items()]
+
+
+def _table(record: Record, rows: str, entry: Json) -> Table:
+    results = record.results
+    title = f"Device time of a decode step, {rows} row{'s' if rows != '1' else ''}"
+    why = missing(entry)
+    if why is not None:
+        return Table(title, ["why"], [[why]])
+    heads = ["graph", "ms", "p95", "over whole", "95 % interval", "over plain", "95 % interval"]
+    body = [_row(results["arms"][name], entry["arms"].get(name)) for name in ORDER]
+    floors = [("weights read once", results["floor_ms"]), ("weights and KV read once", entry["floor_with_kv_ms"])]
+    body += [[f"floor: {what}", number(value), *(["-"] * 5)] for what, value in floors]
+    return Table(title, heads, body, _note(results, entry))
+
+
+def _row(name: str, cell: Json) -> list[str]:
+    why = missing(cell)
+    if why is not None:
+        return [name, why, *(["-"] * 5)]
+    return [name, figure(cell), figure(cell, "p95"), *_ratio(cell, "against_whole"), *_ratio(cell, "against_plain")]
+
+
+def _ratio(cell: Json, key: str) -> list[str]:
+    ratio = cell.get(key)
+    if ratio is None:
+        return ["-", "-"]
+    return [share(ratio["overhead"]), f"{share(ratio['low'])} to {share(ratio['high'])}"]
+
+
+def _note(results: Json, entry: Json) -> str:
+    sizes = results["sizes"]
+    bits = {True: "the same bits as plain", False: "within tolerance of plain, other bits", None: "not compared"}
+    other = [f"{name} runs as {ran}" for name, ran in entry["ran"].items() if ran != name]
+    return (
+        f"{sizes['replays']} replays back to back per sample from position {sizes['prompt']} on, arms in turns, "
+        f"medians; edit_rank {sizes['edit_rank']}. `whole`: the same captured graph without sites, compiled whole; its "
+        f"logits: {bits[entry['whole_bitwise']]}. `whole again` is the control. Bandwidth of the floor: "
+        f"{results['bandwidth_bytes_per_second'] / 1e12:.2f} TB/s, a large copy in the same run."
+        + "".join(f" {text}." for text in other)
+    )
+
+
+def pictures(record: Record) -> list[Picture]:
+    """A bar for each graph, a picture for each number of rows."""
+    found = []
+    for rows, entry in record.results["rows"].items():
+        if missing(entry) is not None:
+            continue
+        cells = [(record.results["arms"][name], entry["arms"].get(name)) for name in ORDER if name != "whole again"]
+        bars: list[tuple[float | str, float]] = [(n, cell["median"]) for n, cell in cells if missing(cell) is None]
+        if bars:
+            floor = entry["floor_with_kv_ms"]
+            found.append(
+                Picture(
+                    name=f"steps_{rows}",
+                    title=f"Device time of a decode step, {rows} rows ({record.options['model']})",
+                    kind="bars",
+                    series={"graphs": bars},
+                    x="ms",
+                    floor={f"floor: {number(floor)}": floor},
+                )
+            )
+    return found
