@@ -65,8 +65,10 @@ def _sessions(part: Json) -> list[Table]:
 def _at_stop(part: Json) -> list[Table]:
     row = [str(part["tokens"]), str(part["layer"]), mebibytes(part["bytes"])]
     note = f"The session stands in its prompt; of the bytes, one activation is {mebibytes(part['activation_bytes'])}."
-    heads = ["tokens", "layer", "bytes", "call returns, ms", "safe, ms"]
-    return [Table("Checkpoint at a stop", heads, [[*row, figure(part["dispatch"]), figure(part["whole"])]], note)]
+    note += " Its driver calls alone: a copy of the value, a packing launch, two copies and the events between them."
+    heads = ["tokens", "layer", "bytes", "call returns, ms", "its driver calls alone, ms", "safe, ms"]
+    cells = [figure(part["dispatch"]), figure(part.get("driver_calls", {"absent": "no GPU"})), figure(part["whole"])]
+    return [Table("Checkpoint at a stop", heads, [[*row, *cells]], note)]
 
 
 def _forks(part: Json) -> list[Table]:

@@ -40,7 +40,30 @@ def at_stop(context: Context, loaded: Loaded, dj: djinn.Dj, prompt: list[int]) -
     if not check.held:
         return refused(check)
     frame = {"tokens": len(prompt), "layer": loaded.layers // 2, "bytes": nbytes, "activation_bytes": value.nbytes}
-    return {**frame, "dispatch": summary(dispatch, "ms"), "whole": summary(whole, "ms")}
+    found = {**frame, "dispatch": summary(dispatch, "ms"), "whole": summary(whole, "ms")}
+    return {**found, "driver_calls": summary(bare_calls(context, value), "ms")} if value.is_cuda else found
+
+
+def bare_calls(context: Context, value: torch.Tensor) -> list[float]:
+    """Milliseconds of the driver calls alone that such a checkpoint is made of, without anything around them.
+
+    The value is copied on the compute stream; the copy stream waits for it, packs, copies twice, and notes two events.
+    """
+    side, begun = torch.cuda.Stream(value.device), torch.cuda.Event()
+    host, staging = torch.empty_like(value, device="cpu").pin_memory(), torch.empty_like(value)
+
+    def calls() -> None:
+        pair = torch.stack((value, value))
+        begun.record()
+        side.wait_event(begun)
+        with torch.cuda.stream(side):
+            staging.copy_(value)
+            torch.cuda.Event().record()
+            host.copy_(staging, non_blocking=True)
+            host.copy_(pair[0], non_blocking=True)
+            torch.cuda.Event().record()
+
+    return [1e3 * clock.dispatch_seconds(value.device, calls) for _ in range(context.size(30, 3) + 2)][2:]
 
 
 def activation_back(context: Context) -> dict[str, Json]:
