@@ -12,6 +12,7 @@ from torch import nn
 from djinn_fx.dj import Dj
 from djinn_fx.errors import InvalidValue
 from djinn_fx.modules import DjModule, compile_module
+from djinn_fx.passes.exports import ExportCache
 from djinn_fx.passes.reference import reference
 from djinn_fx.passes.source import prepare
 from djinn_fx.passes.support import check
@@ -132,7 +133,7 @@ def compile(
         static=backend == "inductor",
     )
     chosen = ("resid_post",) if sites is None else (sites,) if isinstance(sites, str) else tuple(sites)
-    dj = Dj(model, source, options, chosen, tokenizer, backend)
+    dj = Dj(model, source, options, chosen, tokenizer, backend, ExportCache.from_environment())
     if verify:
         dj.verify(partial(reference, model))
     return dj

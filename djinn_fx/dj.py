@@ -12,6 +12,7 @@ from torch import nn
 from djinn_fx.kernels.backend import uses_triton
 from djinn_fx.looking import Looking
 from djinn_fx.passes.context import Cuts, Lower
+from djinn_fx.passes.exports import ExportCache
 from djinn_fx.passes.inductor import InductorLowering
 from djinn_fx.passes.lower import lower_eager
 from djinn_fx.passes.pipeline import CaptureStore, build, discover
@@ -51,13 +52,14 @@ class Dj(Looking):
         sites: Sequence[str],
         tokenizer: Tokenizer | None,
         backend: str = "eager",
+        exports: ExportCache | None = None,
     ) -> None:
         lowering: Lower = InductorLowering() if backend == "inductor" else lower_eager
         cuts: Cuts = "layers" if backend == "inductor" else "sites"
         store = CaptureStore()
-        table = discover(source, store)
+        table = discover(source, store, exports)
         arena = KVArena(source.kv, options.max_sessions, options.max_length, source.dtype, source.device)
-        programs = ProgramCache(partial(_build, source, store, options.edit_rank, arena, lowering, cuts))
+        programs = ProgramCache(partial(_build, source, store, exports, options.edit_rank, arena, lowering, cuts))
         if backend == "inductor":
             programs.agreements = Agreements(
                 arena, source.dtype, source.device, options.edit_rank, source.vocab_size or 2
@@ -76,9 +78,9 @@ class Dj(Looking):
             guard=guard.check,
             identity=Identity(guard.tensors, dict(source.config), source.model_type, _build_choices(source, backend)),
         )
-        observing = ProgramCache(partial(_build, source, store, options.edit_rank, arena, lower_eager, "sites"))
+        eager = partial(_build, source, store, exports, options.edit_rank, arena, lower_eager, "sites")
         self.observer = Observer(
-            observing,
+            ProgramCache(eager),
             table,
             source.kv,
             source.dtype,
@@ -248,9 +250,10 @@ class Dj(Looking):
         """Bytes by component.
 
         Returns:
-            on the device ``weights``, ``kv`` (the arena), ``kv_used`` (of it, positions that hold something) and
-            ``staging`` (for copies to the host); on the host ``host`` (KV of offloaded sessions), ``pinned_used``
-            (that, and checkpoints in memory) and ``pinned_capacity`` (all slabs; ``pinned_bytes`` bounds it).
+            on the device ``weights``, ``kv`` (the arena), ``kv_used`` (of it, positions that hold something),
+            ``buffers`` (what compiled steps read and leave behind) and ``staging`` (for copies to the host); on the
+            host ``host`` (KV of offloaded sessions), ``pinned_used`` (that, and checkpoints in memory) and
+            ``pinned_capacity`` (all slabs; ``pinned_bytes`` bounds it).
         """
         engine = self.engine
         with engine.lock:
@@ -259,6 +262,7 @@ class Dj(Looking):
                 "weights": sum(tensor.nbytes for tensor in engine.identity.weights.values()),
                 "kv": engine.arena.nbytes,
                 "kv_used": sum(per_position * session.extent for session in engine.sessions if session.resident),
+                "buffers": engine.buffer_bytes,
                 "staging": engine.transfer.staging_bytes,
                 "host": sum(session.host.nbytes for session in engine.sessions if session.host is not None),
                 "pinned_used": engine.pool.used,
@@ -300,6 +304,7 @@ class Dj(Looking):
 def _build(
     source: Source,
     store: CaptureStore,
+    exports: ExportCache | None,
     rank: int,
     arena: KVArena,
     lowering: Lower,
@@ -317,6 +322,7 @@ def _build(
         arenas=arena.layers,
         lower=lowering,
         store=store,
+        exports=exports,
         cuts=decode_cuts if shape.query == 1 else "sites",
         grouped=decode_cuts == "layers" and shape.query == 1 and _has_own_products(source),
     )

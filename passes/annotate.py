@@ -18,6 +18,7 @@ from djinn_fx.passes.graph import (
     fake_mode,
     is_impure,
     propagate,
+    storage_of,
     tensor_of,
 )
 from djinn_fx.passes.marks import INPUT
@@ -42,14 +43,27 @@ def annotate(gm: fx.GraphModule, ctx: PassContext) -> fx.GraphModule:
     gm = Rewriter(gm).run()
     _settle_call_numbers(gm)
     mode = fake_mode(gm)
+    stale: set[fx.Node] = set()  # their fake values do not follow from their arguments' any more
     for node in list(compute_nodes(gm)):
         if _is_identity(node):
+            if storage_of(node) != storage_of(node.all_input_nodes[0]) or node in stale:
+                stale.update(node.users)
             _merge(gm, node)
-        else:
+        elif node in stale:
             propagate(node, mode)
+            stale.update(node.users)
     drop_dead(gm, keep_named=True)
     _gather_items(gm)
+    _forget_constants(gm)
     return gm
+
+
+def _forget_constants(gm: fx.GraphModule) -> None:
+    """Drop the numbers that fake tensors of small constants carry: nothing after the trace asks for them."""
+    for node in gm.graph.nodes:
+        value = tensor_of(node)
+        if value is not None:
+            value.constant = None
 
 
 def _gather_items(gm: fx.GraphModule) -> None:

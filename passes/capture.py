@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import re
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from djinn_fx.errors import CaptureError
@@ -59,7 +60,7 @@ class _Step(nn.Module):
         values: list[torch.Tensor],
     ) -> torch.Tensor:
         arenas = list(zip(keys, values, strict=True))
-        with hf.stepping(hf.Step(rows, positions, lengths, arenas)):
+        with hf.stepping(hf.Step(rows, positions, lengths, arenas)), _GradSwitches():
             output = self.model(
                 input_ids=tokens,
                 position_ids=positions,
@@ -125,10 +126,43 @@ def _export(module: nn.Module, clone: nn.Module, args: tuple[Any, ...], kwargs: 
         for device in {tensor.device.type for tensor in clone.parameters()}:
             stack.enter_context(torch.autocast(device, enabled=False))
         try:
+            stack.enter_context(_without_stack_traces())
             stack.enter_context(marking(clone))
             return torch.export.export(module, args, kwargs, strict=False)
         except Exception as error:
             raise _capture_error(clone, error) from error
+
+
+@contextmanager
+def _without_stack_traces() -> Iterator[None]:
+    """Leave the Python stack of every op unwritten: nobody reads it, and it takes a fifth of an export."""
+    name = "do_not_emit_stack_traces"
+    config: Any = getattr(fx, "config", None)  # neither is in every version
+    before = getattr(config, name, None)
+    if before is None:
+        yield
+        return
+    setattr(config, name, True)
+    try:
+        yield
+    finally:
+        setattr(config, name, before)
+
+
+class _GradSwitches(TorchFunctionMode):
+    """Switches of gradient mode act, and are not traced.
+
+    Each would become a region of its own, taken apart and put together again by copying the graph, only to be
+    inlined by :func:`djinn_fx.passes.inline.flatten_graph`: a program computes no gradients.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch._C._set_grad_enabled:
+            with torch._C.DisableTorchFunction():
+                return func(*args)
+        return func(*args, **(kwargs or {}))
 
 
 def _capture_error(clone: nn.Module, error: BaseException) -> CaptureError:
@@ -175,6 +209,7 @@ def _lift(exported: ExportedProgram, clone: nn.Module, inputs: Sequence[str], *,
             fqn = known.get(id(tensor))
             env = f"w.{fqn}" if fqn else f"c.{str(spec.target).removeprefix(prefix)}"
             node.meta[WEIGHT] = tensor.detach()
+        node.meta = {key: value for key, value in node.meta.items() if key in ("val", WEIGHT)}
         if env in first:
             node.replace_all_uses_with(first[env])
             gm.graph.erase_node(node)
@@ -183,17 +218,25 @@ def _lift(exported: ExportedProgram, clone: nn.Module, inputs: Sequence[str], *,
         node.meta.update({ENV: env, NAMES: (), MODULE: "", ORIGIN: len(first)})
     _clean(gm)
     for origin, node in enumerate(compute_nodes(gm), start=len(first) + 1):
-        node.meta.update({ORIGIN: origin, NAMES: (), MODULE: _module_of(node, prefix)})
+        # What else tracing noted is dropped: a graph must be the same whether it was exported or restored.
+        node.meta = {"val": node.meta.get("val"), ORIGIN: origin, NAMES: (), MODULE: _module_of(node, prefix)}
     _keep_tensor_outputs(gm, exported)
     return gm
 
 
+def attribute_of(clone: nn.Module, name: str) -> Any:
+    """What the clone holds under a dotted name; None if nothing."""
+    path, _, last = name.rpartition(".")
+    try:
+        return getattr(clone.get_submodule(path), last)
+    except AttributeError:
+        return None
+
+
 def _weight(exported: ExportedProgram, clone: nn.Module, target: str, prefix: str) -> torch.Tensor:
     """The model's own tensor behind a lifted input, or the constant that tracing made."""
-    path, _, name = target.removeprefix(prefix).rpartition(".")
-    try:
-        found = getattr(clone.get_submodule(path), name)
-    except AttributeError:
+    found = attribute_of(clone, target.removeprefix(prefix))
+    if found is None:
         found = exported.constants[target]
     if not isinstance(found, torch.Tensor):
         raise CaptureError(f"{type(clone).__name__} uses {target!r}, a {type(found).__name__} that is not a tensor.")

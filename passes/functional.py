@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import fx
 from torch._ops import OpOverload
 
@@ -28,6 +27,7 @@ from djinn_fx.passes.graph import (
     WEIGHT,
     aten,
     fake_mode,
+    lazy_module,
     mutated_inputs,
     propagate,
     storage_of,
@@ -78,7 +78,7 @@ class Rewriter:
                 self._write(node)
             else:
                 self._copy(node)
-        result = fx.GraphModule(torch.nn.Module(), self._graph)
+        result = lazy_module(self._graph)
         result.meta.update(self._gm.meta)
         return result
 

@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 ORIGIN = "djinn_origin"
 ENV = "djinn_env"
@@ -24,7 +25,7 @@ SITE = "djinn_site"
 CUT = "djinn_cut"
 WEIGHT = "djinn_weight"
 REBUILD = "djinn_rebuild"
-_NEXT = "djinn_next_origin"
+NEXT = "djinn_next_origin"
 
 aten = torch.ops.aten
 
@@ -152,10 +153,10 @@ def results(gm: fx.GraphModule) -> tuple[fx.Node, ...]:
 
 def take_origin(gm: fx.GraphModule) -> int:
     """An origin that no node of the graph has yet."""
-    if _NEXT not in gm.meta:
-        gm.meta[_NEXT] = 1 + max((node.meta.get(ORIGIN, 0) for node in gm.graph.nodes), default=0)
-    gm.meta[_NEXT] += 1
-    return int(gm.meta[_NEXT]) - 1
+    if NEXT not in gm.meta:
+        gm.meta[NEXT] = 1 + max((node.meta.get(ORIGIN, 0) for node in gm.graph.nodes), default=0)
+    gm.meta[NEXT] += 1
+    return int(gm.meta[NEXT]) - 1
 
 
 def propagate(node: fx.Node, mode: FakeTensorMode) -> None:
@@ -201,13 +202,29 @@ def add_input(gm: fx.GraphModule, env: str, value: torch.Tensor) -> fx.Node:
     return node
 
 
+def lazy_module(graph: fx.Graph, root: torch.nn.Module | None = None) -> fx.GraphModule:
+    """A module around a graph whose Python code is made when it is first called; most graphs never are.
+
+    Args:
+        graph: the graph.
+        root: holds the submodules that it calls.
+    """
+    return _LazyGraphModule(root if root is not None else torch.nn.Module(), graph)
+
+
+def ready(gm: fx.GraphModule) -> fx.GraphModule:
+    """The same module, its Python code made: a call then goes straight to it."""
+    _LazyGraphModule.force_recompile(gm)
+    return gm
+
+
 def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy with its own nodes; fake values and weights are shared."""
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
     for node in gm.graph.nodes:
         mapping[node] = graph.node_copy(node, mapping.__getitem__)
-    copied = fx.GraphModule(torch.nn.Module(), graph)
+    copied = lazy_module(graph)
     copied.meta.update(gm.meta)
     return copied
 

@@ -6,11 +6,11 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import fx
 from torch._ops import HigherOrderOperator
 
 from djinn_fx.errors import CaptureError
+from djinn_fx.passes.graph import lazy_module
 
 _GRAD = "wrap_with_set_grad_enabled"
 _AUTOCAST = "wrap_with_autocast"
@@ -28,7 +28,7 @@ def flatten_graph(exported: fx.GraphModule) -> fx.GraphModule:
         if node.op == "placeholder":
             inputs.append(graph.node_copy(node))
     graph.output(_copy_into(graph, exported, inputs))
-    return fx.GraphModule(torch.nn.Module(), graph)
+    return lazy_module(graph)
 
 
 def _copy_into(graph: fx.Graph, part: fx.GraphModule, inputs: Sequence[Any]) -> Any:

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from djinn_fx.passes.context import PassContext
-from djinn_fx.passes.graph import WEIGHT, storage_of, val
+from djinn_fx.passes.graph import WEIGHT, ready, storage_of, val
 from djinn_fx.passes.yields import segment_calls
 
 RUN = "djinn_run"
@@ -19,7 +19,7 @@ CLASS = "djinn_class"
 
 def lower_eager(graph: fx.GraphModule) -> Callable[..., tuple[torch.Tensor, ...]]:
     """Run a segment as it is, op by op."""
-    forward: Callable[..., tuple[torch.Tensor, ...]] = graph.forward
+    forward: Callable[..., tuple[torch.Tensor, ...]] = ready(graph).forward
     return forward
 
 

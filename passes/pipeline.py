@@ -12,7 +12,9 @@ from torch import fx, nn
 from djinn_fx.errors import InvalidValue
 from djinn_fx.passes.annotate import annotate
 from djinn_fx.passes.capture import capture_module, capture_step
+from djinn_fx.passes.codec import Captured
 from djinn_fx.passes.context import Cuts, Lower, PassContext
+from djinn_fx.passes.exports import ExportCache
 from djinn_fx.passes.graph import (
     CUT,
     ENV,
@@ -23,6 +25,7 @@ from djinn_fx.passes.graph import (
     results,
 )
 from djinn_fx.passes.head import head
+from djinn_fx.passes.identity import export_key
 from djinn_fx.passes.lower import CLASS, RUN, lower, lower_eager
 from djinn_fx.passes.projections import projections
 from djinn_fx.passes.roles import assign_roles
@@ -39,14 +42,6 @@ from djinn_fx.specs import ProgramShape, Variant
 Arenas = Sequence[tuple[torch.Tensor, torch.Tensor]]
 
 
-@dataclass(frozen=True)
-class Captured:
-    """An annotated graph of one shape; never changed, copied before further passes."""
-
-    graph: fx.GraphModule
-    records: tuple[PassRecord, ...]
-
-
 @dataclass
 class CaptureStore:
     """Keeps captured graphs, so that another variant of a shape does not export again."""
@@ -54,15 +49,20 @@ class CaptureStore:
     captured: dict[object, Captured] = field(default_factory=dict)
 
 
-def discover(source: Source, store: CaptureStore | None = None) -> SiteTable:
+def discover(source: Source, store: CaptureStore | None = None, exports: ExportCache | None = None) -> SiteTable:
     """Every site of the model, from one capture of a small shape.
+
+    Args:
+        source: what :func:`djinn_fx.passes.source.prepare` made.
+        store: keeps the capture.
+        exports: keeps it on disk.
 
     Raises:
         CaptureError: the model cannot be captured.
     """
     shape = _telling_shape(source)
     inputs = source.example_inputs
-    captured = _captured(source, shape, _small_arenas(source), inputs, store)
+    captured = _captured(source, shape, _small_arenas(source), inputs, store, exports)
     return site_table(captured.graph, PassContext(source.kind, shape, source.dtype))
 
 
@@ -77,6 +77,7 @@ def build(
     lower: Lower = lower_eager,
     example_inputs: object = None,
     store: CaptureStore | None = None,
+    exports: ExportCache | None = None,
     cuts: Cuts = "sites",
     grouped: bool = False,
 ) -> Program:
@@ -92,6 +93,7 @@ def build(
         lower: makes a segment's callable from its graph.
         example_inputs: for a plain module, other inputs than the source's.
         store: keeps the capture for the next build of this shape.
+        exports: keeps captures of language models on disk.
         cuts: ``"sites"``, or elsewhere: the sites are then steered and tapped, but nobody can stop there.
         grouped: give linear layers to :func:`djinn_fx.passes.projections.projections`.
 
@@ -103,7 +105,7 @@ def build(
     if example_inputs is not None:
         inputs = normalise_inputs(example_inputs)
     _check_request(source, shape, variant)
-    captured = _captured(source, shape, arenas, inputs, store)
+    captured = _captured(source, shape, arenas, inputs, store, exports)
     gm = copy_graph(captured.graph)
     ordered = sorted(sites, key=lambda site: site.order)
     if source.kind == "module":
@@ -130,14 +132,29 @@ def _captured(
     arenas: Arenas,
     inputs: Inputs | None,
     store: CaptureStore | None,
+    exports: ExportCache | None = None,
 ) -> Captured:
-    """Export and annotate one shape, or take it from the store."""
+    """Export and annotate one shape, or take it from the store or from disk."""
     key: object = (shape.rows, shape.query, tuple((k.shape, v.shape) for k, v in arenas))
     if source.kind == "module":
         assert inputs is not None
         key = flatten_inputs(inputs)[1]
     if store is not None and key in store.captured:
         return store.captured[key]
+    with source.lock:
+        name = None if exports is None else export_key(source, shape, arenas)
+        captured = None if exports is None or name is None else exports.load(name, source.clone)
+        if captured is None:
+            captured = _export(source, shape, arenas, inputs)
+            if exports is not None and name is not None:
+                exports.save(name, captured, source.clone)
+    if store is not None:
+        store.captured[key] = captured
+    return captured
+
+
+def _export(source: Source, shape: ProgramShape, arenas: Arenas, inputs: Inputs | None) -> Captured:
+    """Export and annotate one shape; the caller holds the source's lock."""
     if source.kind == "module":
         assert inputs is not None
         stages = [
@@ -153,11 +170,7 @@ def _captured(
     ctx = PassContext(kind=source.kind, shape=shape, dtype=source.dtype)
     empty = fx.GraphModule(nn.Module(), fx.Graph())
     empty.graph.output(())
-    with source.lock:
-        captured = Captured(*run_passes(empty, stages, ctx))
-    if store is not None:
-        store.captured[key] = captured
-    return captured
+    return Captured(*run_passes(empty, stages, ctx))
 
 
 _BUILD = (

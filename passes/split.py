@@ -7,7 +7,7 @@ import operator
 from torch import fx, nn
 
 from djinn_fx.passes.context import PassContext
-from djinn_fx.passes.graph import CUT, ENV, ORIGIN, compute_nodes, identifier, output_of
+from djinn_fx.passes.graph import CUT, ENV, ORIGIN, compute_nodes, identifier, lazy_module, output_of
 from djinn_fx.passes.joints import joints
 from djinn_fx.program import LOGITS
 from djinn_fx.sites import Site
@@ -84,7 +84,7 @@ def _assemble(
             item.meta = dict(node.meta)
             outer[node] = item
     parent.output(fx.map_arg(output_of(gm).args[0], outer.__getitem__))
-    result = fx.GraphModule(root, parent)
+    result = lazy_module(parent, root)
     result.meta.update(gm.meta)
     return result
 
@@ -113,4 +113,4 @@ def _segment(nodes: list[fx.Node], inputs: list[fx.Node], outputs: list[fx.Node]
     for node in nodes:
         inner[node] = graph.node_copy(node, inner.__getitem__)
     graph.output(tuple(inner[node] for node in outputs))
-    return fx.GraphModule(nn.Module(), graph)
+    return lazy_module(graph)

@@ -6,10 +6,11 @@ import os
 
 # Before transformers is imported: a test that wants the network is a test that fails elsewhere.
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["DJINN_CACHE_DIR"] = "off"  # nor do tests write into the user's cache
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 # The number of threads decides how reductions are cut, hence their bits: the same on every machine. One is also the
 # fastest for models this small.
@@ -18,7 +19,16 @@ torch.set_num_threads(1)
 # Same examples in every run, no timing. `HYPOTHESIS_PROFILE=explore` looks for new ones.
 settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
 settings.register_profile("explore", deadline=None, print_blob=True, max_examples=1000)
+# A failure is shown as it was found: to make it smaller takes many more runs.
+settings.register_profile(
+    "unshrunk", derandomize=True, deadline=None, database=None, phases=[Phase.explicit, Phase.generate]
+)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Inductor's advice for fp32 on a GPU; another precision means other bits.
+    config.addinivalue_line("filterwarnings", "ignore:TensorFloat32 tensor cores:UserWarning")
 
 
 @pytest.hookimpl(tryfirst=True)

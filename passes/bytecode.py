@@ -1,0 +1,82 @@
+"""What code says: digests of bytecode, and whose code it is."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import sys
+import sysconfig
+import types
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+import transformers
+
+Origin = Literal["torch", "transformers", "library", "installed", "user"]
+
+_HERE = os.path.dirname(os.path.realpath(__file__))
+
+
+def _folder(module: types.ModuleType) -> str:
+    return os.path.dirname(os.path.realpath(str(module.__file__))) + os.sep
+
+
+#: Whose code lies where; the standard library and this package's own rooms are ``"library"``.
+_FOLDERS: tuple[tuple[str, Origin], ...] = (
+    (_folder(torch), "torch"),
+    (_folder(transformers), "transformers"),
+    (_HERE + os.sep, "library"),
+    (os.path.join(os.path.dirname(_HERE), "kernels") + os.sep, "library"),
+)
+_STANDARD = os.path.realpath(sysconfig.get_paths()["stdlib"]) + os.sep
+_INSTALLED = ("site-packages", "dist-packages")
+
+
+@functools.cache
+def origin_of(file: str) -> Origin:
+    """Whose code lies in a file; what is neither known nor installed is the user's."""
+    path = os.path.realpath(file)
+    for folder, origin in _FOLDERS:
+        if path.startswith(folder):
+            return origin
+    if any(part in path for part in _INSTALLED):
+        return "installed"
+    return "library" if path.startswith(_STANDARD) or file.startswith("<frozen") else "user"
+
+
+def origin_of_class(kind: type) -> Origin:
+    """Whose class it is, by the file of the module that defines it."""
+    module = sys.modules.get(kind.__module__)
+    file = getattr(module, "__file__", None)
+    if kind.__module__ in sys.builtin_module_names:
+        return "library"
+    return origin_of(file) if file else "user"
+
+
+def digest_of(code: types.CodeType) -> str:
+    """A digest of bytecode, constants and names, inner functions included; not of where the source stands."""
+    names = (code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars)
+    counts = (code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags)
+    digest = hashlib.sha256(code.co_code + code.co_exceptiontable)
+    digest.update(repr((names, counts, [_constant(each) for each in code.co_consts])).encode("utf-8", "replace"))
+    return digest.hexdigest()
+
+
+def _constant(constant: object) -> str:
+    if isinstance(constant, types.CodeType):
+        return digest_of(constant)
+    if isinstance(constant, frozenset):  # its order differs from process to process
+        return repr(sorted(map(_constant, constant)))
+    if isinstance(constant, tuple):
+        return repr([_constant(each) for each in constant])
+    return f"{type(constant).__name__} {constant!r}"
+
+
+def names_in(code: types.CodeType) -> Iterator[str]:
+    """Every global and attribute that code names, that of inner functions too."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from names_in(constant)

@@ -1,0 +1,237 @@
+"""Keys of captured graphs: equal for equal models, another one for whatever an export depends on."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers.models.llama import modeling_llama
+
+from djinn_fx.passes import identity
+from djinn_fx.passes.bytecode import digest_of, origin_of
+from djinn_fx.passes.describe import MOST_ELEMENTS, Describer, Unfaithful
+from djinn_fx.passes.identity import export_key
+from djinn_fx.passes.source import prepare
+from djinn_fx.specs import ProgramShape
+from tests.passes.tiny import Machine, tiny_model
+
+SHAPE = ProgramShape(1, 4, 4)
+FACTOR = 2.0
+
+
+def arenas(positions: int = 4) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [(torch.zeros(2, 2, positions, 16), torch.zeros(2, 2, positions, 16))] * 2
+
+
+def key_of(model: Any, shape: ProgramShape = SHAPE, positions: int = 4) -> str | None:
+    return export_key(prepare(model), shape, arenas(positions))
+
+
+@pytest.fixture
+def model() -> Any:
+    return tiny_model("llama")
+
+
+def rotary(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *rest: Any) -> Any:
+    return q * FACTOR, k
+
+
+def set_eps(model: Any) -> None:
+    model.model.layers[1].input_layernorm.variance_epsilon = 1e-3
+
+
+def set_config(model: Any) -> None:
+    model.config.attention_dropout = 0.5
+
+
+def set_forward(model: Any) -> None:
+    forward = model.model.norm.forward
+    model.model.norm.forward = lambda x: forward(x) * 2
+
+
+def set_bound_forward(model: Any) -> None:
+    model.model.norm.forward = MethodType(lambda self, x: x * self.variance_epsilon, model.model.norm)
+
+
+def tie(model: Any) -> None:
+    model.lm_head.weight = model.model.embed_tokens.weight
+
+
+def widen(model: Any) -> None:
+    model.lm_head.weight = nn.Parameter(torch.zeros(300, 64))
+
+
+def stride(model: Any) -> None:
+    model.lm_head.weight = nn.Parameter(torch.zeros(64, 256).T)
+
+
+def swap_activation(model: Any) -> None:
+    model.model.layers[0].mlp.act_fn = nn.GELU().eval()
+
+
+def add_constant(model: Any) -> None:
+    model.model.offset = torch.ones(3)
+
+
+CHANGES: list[Callable[[Any], None]] = [
+    *(set_eps, set_config, set_forward, set_bound_forward, tie, widen, stride, swap_activation, add_constant),
+    lambda model: model.bfloat16(),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_another_model_has_another_key(model: Any, change: Callable[[Any], None]) -> None:
+    before = key_of(model)
+    assert before is not None
+    change(model)
+    after = key_of(model)
+    assert after is not None
+    assert after != before
+
+
+def test_an_equal_model_has_the_same_key(model: Any) -> None:
+    """Whatever its weights are, whatever it and others did meanwhile."""
+    before = key_of(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+        model(torch.tensor([[3, 4]]))
+    Machine(model).build((1, 2, 1))
+    Machine(tiny_model("gpt2"))
+    model.generation_config.temperature = 0.5
+    assert before == key_of(model) == key_of(tiny_model("llama"))
+
+
+@pytest.mark.slow
+def test_another_process_has_the_same_key(model: Any) -> None:
+    code = "from tests.passes.test_passes_identity import *; print(key_of(tiny_model('llama')))"
+    environment = {**os.environ, "PYTHONHASHSEED": "7"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [key_of(model)]
+
+
+def test_shape_and_arenas_are_in_the_key(model: Any) -> None:
+    keys = [
+        key_of(model),
+        key_of(model, ProgramShape(2, 4, 4)),
+        key_of(model, ProgramShape(1, 5, 4)),
+        key_of(model, positions=5),
+    ]
+    assert len(set(keys)) == 4
+    assert key_of(model, ProgramShape(1, 4, 1)) == keys[0], "what is kept is decided after the capture"
+
+
+def test_patched_code_changes_the_key(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A helper of the model's module, a class's forward, torch itself; a global that the patch reads."""
+    keys = [key_of(model)]
+    with monkeypatch.context() as patch:
+        patch.setattr(modeling_llama, "apply_rotary_pos_emb", rotary)
+        keys.append(key_of(model))
+        patch.setitem(globals(), "FACTOR", 3.0)
+        keys.append(key_of(model))
+    assert key_of(model) == keys[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(modeling_llama.LlamaRMSNorm, "forward", lambda self, x: x)
+        keys.append(key_of(model))
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.Linear, "forward", lambda self, x: x @ self.weight.T)
+        keys.append(key_of(model))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.functional, "silu", lambda x, inplace=False: x)
+        keys.append(key_of(model))
+    assert None not in keys
+    assert len(set(keys)) == len(keys)
+
+
+def test_versions_sources_and_settings_are_in_the_key(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = [key_of(model)]
+    for where, name, value in (
+        (torch, "__version__", "2.99"),
+        (identity, "__version__", "99"),
+        (identity, "_SOURCES", identity._SOURCES[1:]),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, value)
+            keys.append(key_of(model))
+    torch.set_default_dtype(torch.float64)
+    try:
+        keys.append(key_of(model))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert None not in keys
+    assert len(set(keys)) == len(keys)
+    names = {path.name for path in identity._SOURCES}
+    assert {"capture.py", "annotate.py", "roles.py", "codec.py", "signatures.py", "program.py"} <= names
+    assert all(path.is_file() for path in identity._SOURCES)
+
+
+def test_what_no_key_can_tell_has_none(model: Any) -> None:
+    model.model.cursor = iter([1, 2])
+    assert key_of(model) is None
+    model.model.cursor = None
+    model.model.table = torch.zeros(MOST_ELEMENTS + 1)
+    assert key_of(model) is None
+    model.model.table = [torch.zeros(1)]
+    assert key_of(model) is None, "a copy on disk would not follow changes of it"
+    model.model.table = [nn.Linear(2, 2)]
+    assert key_of(model) is None
+    model.model.table = [model.lm_head]
+    assert key_of(model) is not None
+    source = prepare(model)
+    assert export_key(source, SHAPE, arenas()) is not None
+    with torch.device("cpu"):
+        assert export_key(source, SHAPE, arenas()) is None, "a mode sees the ops of a trace"
+    source.clone.get_submodule("lm_head").register_forward_hook(lambda module, args, output: None)
+    assert export_key(source, SHAPE, arenas()) is None
+
+
+def test_plain_modules_are_not_kept() -> None:
+    assert export_key(prepare(nn.Linear(2, 2).eval(), (torch.zeros(1, 2),)), SHAPE, ()) is None
+
+
+def described(value: Any) -> str:
+    describer = Describer(nn.Module())
+    describer.value(value)
+    return describer.hexdigest()
+
+
+class Plain:
+    """An object with an attribute."""
+
+    def __init__(self, held: Any) -> None:
+        self.held = held
+
+
+def test_values_are_told_apart() -> None:
+    loop: list[Any] = [1]
+    loop.append(loop)
+    values: list[Any] = [
+        *(1, 1.0, True, "1", b"1", None, (1,), [1], {1}, {1: 2}, {2: 1}, loop, torch.float16, torch.Size([1])),
+        *(Plain(1), Plain(2), Plain, len, torch.relu, MethodType, lambda: 1, lambda: 2, lambda x=1: x, lambda x=2: x),
+    ]
+    assert len({described(value) for value in values}) == len(values)
+    shared = [1, 2]
+    assert described([shared, shared]) == described([[1, 2], [1, 2]])
+    assert described({"b", "a"}) == described({"a", "b"})
+    with pytest.raises(Unfaithful, match="held"):
+        described(Plain(iter([])))
+
+
+def test_code_is_told_apart_by_what_it_does() -> None:
+    def compiled(text: str) -> str:
+        return digest_of(compile(text, "<some file>", "exec"))
+
+    assert compiled("def f(): return 1") == compiled("\n\ndef f():\n    return 1")
+    texts = ["def f(): return 1", "def f(): return 2", "def f(): return x", "def f(): return y", "def f(x): return x"]
+    assert len({compiled(text) for text in texts}) == len(texts)
+    assert compiled("x in {'a', 'b'}") == compiled("x in {'b', 'a'}")
+    files = (torch.__file__, modeling_llama.__file__, identity.__file__, pytest.__file__, os.__file__, __file__)
+    wanted = ["torch", "transformers", "library", "installed", "library", "user"]
+    assert [origin_of(file) for file in files] == wanted
