@@ -24,6 +24,9 @@ class WeightGuard:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._seen = {name: _Seen(t, t.data_ptr(), t.dtype) for name, t in _tensors(model).items()}
+        tables = [t for m in model.modules() for t in (m._parameters, m._buffers, m._modules) if t]
+        self._all = tuple(self._seen.values())
+        self._tables = tuple((table, tuple(table.items())) for table in tables)
 
     @property
     def tensors(self) -> Mapping[str, torch.Tensor]:
@@ -36,6 +39,8 @@ class WeightGuard:
         Raises:
             CaptureError: naming the first such parameter.
         """
+        if self._untouched():
+            return
         now = _tensors(self._model)
         for name in self._seen.keys() | now.keys():
             seen, tensor = self._seen.get(name), now.get(name)
@@ -50,6 +55,16 @@ class WeightGuard:
                     "reads the old one, so it would run wrong: call djinn.compile again. (Changes in place, such as "
                     "load_state_dict or param.data.copy_, are fine.)"
                 )
+
+    def _untouched(self) -> bool:
+        """Whether every module holds what it held.
+
+        It is asked at every call: a look at each entry, since walking the names takes ten times as long.
+        """
+        for table, items in self._tables:
+            if len(table) != len(items) or any(table.get(name) is not value for name, value in items):
+                return False
+        return all(seen.tensor.data_ptr() == seen.place and seen.tensor.dtype is seen.dtype for seen in self._all)
 
 
 def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:

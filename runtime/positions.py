@@ -16,6 +16,10 @@ def matching(spec: Positions, start: int, sampled: Sequence[bool], last_prompt: 
         sampled: for each token, whether it was sampled (``"generated"``) or given (``"prompt"``).
         last_prompt: absolute position of the call's last prompt token, -1 if the call gave none.
     """
+    if spec == "all":  # almost always
+        return (True,) * len(sampled)
+    if spec == "generated":
+        return tuple(sampled)
     words = spec if isinstance(spec, (tuple, list)) and spec and isinstance(spec[0], str) else (spec,)
     return tuple(
         any(_speaks_of(word, start + offset, drawn, last_prompt) for word in words)
