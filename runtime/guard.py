@@ -24,7 +24,7 @@ class WeightGuard:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._seen = {name: _Seen(t, t.data_ptr(), t.dtype) for name, t in _tensors(model).items()}
-        tables = [t for m in model.modules() for t in (m._parameters, m._buffers, m._modules) if t]
+        tables = [table for each in model.modules() for table in (each._parameters, each._buffers, each._modules)]
         self._all = tuple(self._seen.values())
         self._tables = tuple((table, tuple(table.items())) for table in tables)
 
