@@ -180,18 +180,26 @@ class Recorder:
 
 
 def _recomputed(program: Program, env: Env, index: int) -> Callable[[], None]:
-    """Run a segment now, and later again with its results copied into the same tensors."""
+    """Run a segment now, and later again with its results copied to where they are now."""
     run_segments(program, env, index, index)
-    names = [name for name in program.segments[index].outputs if name in env]
+    names = program.segments[index].outputs
     for name in names:
-        env[name] = env[name].clone()  # a result may be a view of what it was computed from
+        env[name] = _apart(env[name])
 
     def step() -> None:
         fresh = dict(env)
         run_segments(program, fresh, index, index)
-        copy_all([env[name] for name in names], [fresh[name] for name in names])
+        for name in names:
+            env[name].untyped_storage().copy_(fresh[name].untyped_storage())
 
     return step
+
+
+def _apart(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy with the same strides in a storage of its own: a result may be a view of what it was computed from."""
+    storage = tensor.untyped_storage().clone()
+    empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return empty.set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride())
 
 
 @dataclass

@@ -10,8 +10,6 @@ from typing import Any
 from unittest import mock
 
 import djinn_fx as djinn
-from djinn_fx.passes.context import Lower
-from djinn_fx.passes.inductor import InductorLowering
 from djinn_fx.passes.lower import lower_eager
 
 BACKEND = os.environ.get("DJINN_TEST_BACKEND", "")
@@ -26,8 +24,3 @@ def compile_model(model: Any, backend: str = BACKEND or "eager", **options: Any)
     with mock.patch("djinn_fx.dj.InductorLowering", lambda: lower_eager):
         dj = djinn.compile(model, backend="inductor", **options)
     return dj
-
-
-def lowering(backend: str = BACKEND) -> Lower:
-    """What an oracle lowers with, to be compared with a model of this backend."""
-    return InductorLowering() if backend == "inductor" else lower_eager

@@ -122,7 +122,7 @@ class Played:
 
 
 class Oracle:
-    """Plays scripts on one model; ``lower`` compiles its segments."""
+    """Plays scripts on one model; ``lower`` compiles its segments, ``grouped`` is for decode steps of 16-bit models."""
 
     def __init__(
         self,
@@ -133,8 +133,9 @@ class Oracle:
         rank: int,
         eos: Iterable[int] = (),
         lower: Lower = lower_eager,
+        grouped: bool = False,
     ) -> None:
-        self.lower = lower
+        self.lower, self.grouped = lower, grouped
         self.source, self.store = prepare(model), CaptureStore()
         self.table = discover(self.source, self.store)
         self.length, self.chunk, self.rank, self.eos = length, chunk, rank, frozenset(eos)
@@ -159,7 +160,11 @@ class Oracle:
             watch: stop in the last call where it says so.
         """
         with torch.no_grad():
-            return _Play(self, script, tuple(sites), rows, pause, watch).whole()
+            return self.player()(self, script, tuple(sites), rows, pause, watch).whole()
+
+    def player(self) -> type[Play]:
+        """What plays one script."""
+        return Play
 
     def arenas(self) -> list[tuple[Tensor, Tensor]]:
         """Empty KV of one session and of the dead rows, with a position for pads."""
@@ -181,11 +186,14 @@ class Oracle:
                 arenas=self.arenas(),
                 lower=self.lower,
                 store=self.store,
+                grouped=self.grouped and shape.query == 1,
             )
         return self._programs[key]
 
 
-class _Play:
+class Play:
+    """One script, played from its first token on; the last arena row is for dead batch rows."""
+
     def __init__(
         self,
         oracle: Oracle,
@@ -272,7 +280,8 @@ class _Play:
         tokens, positions = torch.zeros(2, shape.rows, shape.query, dtype=torch.int64)
         tokens[0, :count] = torch.tensor(step.tokens)
         positions[0, :count] = torch.arange(step.start, step.stop)
-        rows, lengths = torch.ones(shape.rows, dtype=torch.int64), torch.zeros(shape.rows, dtype=torch.int64)
+        spare = len(self.arenas[0][0]) - 1
+        rows, lengths = torch.full((shape.rows,), spare), torch.zeros(shape.rows, dtype=torch.int64)
         rows[0], lengths[0] = 0, step.stop
         made = {"tokens": tokens, "positions": positions, "rows": rows, "lengths": lengths}
         if shape.keep < shape.query:
@@ -283,22 +292,27 @@ class _Play:
     def _pass(self, step: Step, site: Site, env: dict[str, Tensor], last: bool) -> bool:
         """Go past a site: steer, maybe stop there, put a given value in its place."""
         count = len(step.positions(site))
-        value = env[site.name][0, :count].clone()
+        whole = env[site.name].clone()
         place, edit = (step.start, site.order), None
         for change in self.script.changes:
             if change.site == site.name and change.place < place:
                 edit = change.edit
         if edit is not None:
-            value = steered(value, edit, step.chosen(edit.positions, site), self.oracle.rank)
+            # With the pads, as the program does it: on a GPU the size of a tensor decides how its rows are summed.
+            chosen = [*step.chosen(edit.positions, site), *[False] * (whole.shape[1] - count)]
+            whole[0] = self._steered(step, site, whole[0], edit, chosen)
+        value = whole[0, :count].clone()
         if last and self.watch is not None and self.watch(step, site, value):
             self.out.stop = (step, site, value)
             return False
         value = self.script.values.get((step.start, site.name), value)
         step.values[site.name] = value.clone()
-        whole = env[site.name].clone()
         whole[0, :count] = value
         env[site.name] = whole
         return True
+
+    def _steered(self, step: Step, site: Site, value: Tensor, edit: Edit, chosen: list[bool]) -> Tensor:
+        return steered(value, edit, chosen, self.oracle.rank)
 
     def _draw(self, call: Call) -> None:
         out, place = self.out, len(self.out.tokens)
@@ -318,8 +332,9 @@ class _Play:
 
     def _choose(self, sampling: SamplingSpec, place: int) -> int:
         if not sampling.do_sample:
-            likely = [-math.inf if math.isnan(x) else x for x in self.logits.tolist()]
-            return likely.index(max(likely))
+            logits = self.logits.tolist()
+            numbers = [number for number in logits if not math.isnan(number)]
+            return logits.index(max(numbers)) if numbers else 0
         seed = [seed for first, seed in self.script.seeds if first <= place][-1]
         seeds, places = torch.tensor([[seed], [place]], device=self.logits.device)
         return int(sample(self.logits[None], sampling, seeds, places))

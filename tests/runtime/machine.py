@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from typing import Any, ClassVar, TypeVar
 
 import pytest
 import torch
+from hypothesis import assume
 from hypothesis.stateful import RuleBasedStateMachine, precondition
 
 import djinn_fx as djinn
@@ -21,16 +23,20 @@ from djinn_fx.runtime.checkpoint import Checkpoint
 from djinn_fx.runtime.sampling import SamplingSpec
 from djinn_fx.runtime.session import Session
 from djinn_fx.runtime.stop import Stop
-from tests.backends import compile_model, lowering
+from djinn_fx.specs import ProgramShape
+from tests.backends import compile_model
 from tests.families import EOS, LENGTH, ROWS, family, prompt
 from tests.oracle import Call, Oracle, Script
 from tests.runtime import acts
+from tests.runtime.compiled_oracle import CompiledOracle
 from tests.runtime.live import Live, nothing_else_changes
 from tests.session_script import Point, Shadow, World
 
 DEVICE = os.environ.get("DJINN_TEST_DEVICE", "cpu")
 RANK = 3
 MOST = 6  # open sessions
+#: Seconds after which a process begins no further example.
+SECONDS, BEGAN = float(os.environ.get("DJINN_STATE_SECONDS", "inf")), time.monotonic()
 
 Act = TypeVar("Act", bound=Callable[..., None])
 
@@ -52,9 +58,16 @@ def compiled(name: str, invariant: bool, chunk: int, backend: str) -> djinn.Dj:
 
 
 @cache
-def oracle_of(name: str, chunk: int) -> Oracle:
-    """The test session's oracle of a model."""
-    return Oracle(family(name, DEVICE), length=LENGTH, chunk=chunk, rank=RANK, eos=[EOS], lower=lowering())
+def oracle_of(name: str, invariant: bool, chunk: int, backend: str) -> Oracle:
+    """The test session's oracle of a compiled model."""
+    model = family(name, DEVICE)
+    options: dict[str, Any] = {"length": LENGTH, "chunk": chunk, "rank": RANK, "eos": [EOS]}
+    if backend == "inductor":
+        return CompiledOracle(compiled(name, invariant, chunk, backend), model, **options)
+    dj = compiled(name, invariant, chunk, backend)
+    decode = dj.engine.programs.get(ProgramShape(ROWS if invariant else 1, 1, 1), "plain", dj.engine.sites)
+    grouped = any(record.name == "projections" for record in decode.records)
+    return Oracle(model, **options, grouped=grouped)
 
 
 def some(condition: Callable[[Live], bool]) -> Callable[[Act], Act]:
@@ -93,20 +106,23 @@ class Stage(RuleBasedStateMachine):
     invariant: ClassVar[bool]
     chunk: ClassVar[int]
     backend: ClassVar[str]
+    examples: ClassVar[int] = 0
 
     def __init__(self) -> None:
+        assume(time.monotonic() - BEGAN < SECONDS)
         super().__init__()
         # Threads that wait for each other cost more than tensors of this size, by far where others work beside.
         self.threads = torch.get_num_threads()
         torch.set_num_threads(1)
         self.dj = compiled(self.model, self.invariant, self.chunk, self.backend)
-        self.oracle = oracle_of(self.model, self.chunk)
+        self.oracle = oracle_of(self.model, self.invariant, self.chunk, self.backend)
         self.lives: list[Live] = []
         self.saved: list[tuple[Checkpoint, Shadow, bool]] = []
         self.batches = 0
         self.numbers, self.keys = itertools.count(), itertools.count()
         self.latest: Live | None = None
         self.sound = True
+        type(self).examples += 1
 
     @property
     def world(self) -> World:

@@ -6,31 +6,30 @@ changed by a bit, and free rows are zero. When an example ends, every run is tak
 More examples, new ones each time, and on a GPU:
 
     DJINN_STATE_EXAMPLES=2000 HYPOTHESIS_PROFILE=explore nice python -m pytest tests/runtime/test_state_machine.py
-    DJINN_TEST_DEVICE=cuda python -m pytest tests/runtime/test_state_machine.py
+    DJINN_TEST_DEVICE=cuda DJINN_TEST_BACKEND=inductor python -m pytest tests/runtime/test_state_machine.py -n 7 \
+        --dist loadscope
+
+``DJINN_STATE_SECONDS`` bounds a process's time; ``-rP`` shows how many examples there were.
 """
 
 from __future__ import annotations
 
 import itertools
-import os
 from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, precondition, rule
 
 import djinn_fx as djinn
-from tests.backends import BACKEND
-from tests.families import CHUNK, WIDTH, prompt
+from tests.families import WIDTH, prompt
 from tests.oracle import Call, Change, Script
 from tests.runtime import acts
 from tests.runtime.live import Against
 from tests.runtime.machine import MOST, Stage, anyone, busy, has_run, some, steered, stopped
+from tests.runtime.machines import machine
 from tests.session_script import Shadow, Target
-
-EXAMPLES = int(os.environ.get("DJINN_STATE_EXAMPLES", "200"))
 
 
 class Sessions(Stage):
@@ -325,26 +324,12 @@ class Sessions(Stage):
             Against(f"prompt {seed} of dj.generate", shadow).check_result(self.world, result)
 
 
-def machine(name: str, share: int, *, invariant: bool = False, chunk: int = CHUNK, backend: str = "eager") -> Any:
-    """The test of one model; ``share`` of the examples in percent. ``DJINN_TEST_BACKEND`` has the last word."""
-    backend = BACKEND or backend
-    choice = {"model": name, "invariant": invariant, "chunk": chunk, "backend": backend}
-    made: Any = type(f"Sessions {choice}", (Sessions,), choice)
-    case = made.TestCase
-    case.settings = settings(
-        max_examples=max(1, EXAMPLES * share // 100),
-        stateful_step_count=24,
-        suppress_health_check=list(HealthCheck),
-    )
-    return case
-
-
-TestGPT2 = machine("gpt2", 15)
-TestGPT2Static = machine("gpt2", 15, backend="static")
-TestGPT2Invariant = machine("gpt2", 10, invariant=True)
-TestGPT2InvariantStatic = machine("gpt2", 15, invariant=True, backend="static")
-TestGPT2TokenByToken = machine("gpt2", 5, chunk=1)
-TestLlama = machine("llama-bf16", 10, backend="static")
-TestLlamaInvariant = machine("llama", 10, invariant=True, chunk=20)
-TestMistral = machine("mistral", 10)
-TestMistralInvariant = machine("mistral", 10, invariant=True, backend="static")
+TestGPT2 = machine(Sessions, "gpt2", 15)
+TestGPT2Static = machine(Sessions, "gpt2", 15, backend="static")
+TestGPT2Invariant = machine(Sessions, "gpt2", 10, invariant=True)
+TestGPT2InvariantStatic = machine(Sessions, "gpt2", 15, invariant=True, backend="static")
+TestGPT2TokenByToken = machine(Sessions, "gpt2", 5, chunk=1)
+TestLlama = machine(Sessions, "llama-bf16", 10, backend="static")
+TestLlamaInvariant = machine(Sessions, "llama", 10, invariant=True, chunk=20)
+TestMistral = machine(Sessions, "mistral", 10)
+TestMistralInvariant = machine(Sessions, "mistral", 10, invariant=True, backend="static")
