@@ -22,10 +22,15 @@ from djinn_fx.passes.lower import compile_class
 
 Lowered = Callable[..., tuple[torch.Tensor, ...]]
 
-#: Inductor options that exactness rests on; set per compilation, never globally. ``deterministic``: how a reduction is
-#: cut must follow from its shape, not from what was fastest when it was tried, or from how many registers its kernel
-#: takes; else another process, or another variant of the same program, would have other bits.
-EXACT: Mapping[str, Any] = {"emulate_precision_casts": True, "deterministic": True}
+#: Inductor options that exactness rests on; set per compilation, never globally.
+#:
+#: * ``emulate_precision_casts``: see above.
+#: * ``deterministic``: how a reduction is cut follows from its shape, not from what was fastest when it was tried, or
+#:   from how many registers its kernel takes; else another process would have other bits, and so would another variant
+#:   of the same program.
+#: * ``pattern_matcher``: no rewriting of a product and the addition of its bias, or of a residual, into one op or out
+#:   of one, which depends on who reads the sum: an edit that is armed behind it would change its rounding.
+EXACT: Mapping[str, Any] = {"emulate_precision_casts": True, "deterministic": True, "pattern_matcher": False}
 
 #: Rows up to which a row is reduced in one piece, and the longest such row. A GPU has more multiprocessors than there
 #: are rows, so what counts is how often one of them waits for memory.

@@ -81,7 +81,7 @@ def fork(engine: Engine, run: Run, n: int, seeds: Sequence[int] | None) -> list[
 
 def _copy_flight(engine: Engine, flight: Flight, row: int) -> Flight:
     """The same step in the air for another row; values are shared, since nothing mutates them."""
-    copied = replace(flight)
+    copied = replace(flight, drawn=None)  # the copy may have another seed
     if flight.chunk is not None:
         chunk = flight.chunk.twin()
         engine.executor.refresh(chunk, BatchRow(row, flight.step))

@@ -8,12 +8,14 @@ import pytest
 import torch
 
 import djinn_fx as djinn
+from djinn_fx.runtime.planner import flight_of
 from djinn_fx.runtime.results import Result
 from tests.bits import assert_same_bits, same_bits
 from tests.runtime.tiny import (
     NEW,
     PROMPT,
     ROWS,
+    another_dj,
     assert_same,
     bits_of,
     compiled,
@@ -158,3 +160,22 @@ def test_a_batch_invariant_session_does_not_notice_its_company(name: str) -> Non
             for edit in edits[seed]:
                 s.steer(edit)
             assert_same(s.generate(ids, max_new_tokens=6, **DRAW).result(), together[seed])
+
+
+def test_a_token_drawn_ahead_is_not_the_forks() -> None:
+    """On a GPU a step's token is drawn before its stop; a fork with another seed draws its own."""
+    dj = another_dj("gpt2", backend="static")
+    with dj.session(seed=1) as s:
+        run = s.generate(
+            prompt(6),
+            max_new_tokens=3,
+            do_sample=True,
+            breakpoints=[djinn.break_at("resid_post.0", positions="generated")],
+        )
+        stop = next(run)
+        flight = flight_of(run)
+        flight.drawn = 7
+        (fork,) = stop.fork(seeds=[2])
+        assert flight_of(fork.run).drawn is None
+        assert flight.drawn == 7
+    dj.close()
