@@ -2,8 +2,9 @@
 
 Tracing a model runs its Python code, so a key must change when that code does: a patched helper, a patched class, a
 ``forward`` set on one instance. :class:`Describer` walks from a value through attributes, closures and the globals
-that functions name. Code of torch is described by its bytecode alone, that of transformers and of the user with all
-that it calls. What cannot be described faithfully raises :class:`Unfaithful`; whoever wants a key does without.
+that functions name. Code of torch is described by its bytecode and the functions that it wraps, that of transformers
+and of the user with all that it calls. What cannot be described faithfully raises :class:`Unfaithful`; whoever wants
+a key does without. What libraries load or patch at first use is left out where it does not act on the model.
 """
 
 from __future__ import annotations
@@ -11,10 +12,8 @@ from __future__ import annotations
 import builtins
 import collections
 import enum
-import functools
 import hashlib
 import logging
-import re
 import sys
 import types
 from collections.abc import Mapping
@@ -22,28 +21,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils.generic import GeneralInterface
 
-from djinn_fx.passes.bytecode import digest_of, names_in, origin_of, origin_of_class
+from djinn_fx.passes.bytecode import digest_of, names_in, origin_of, origin_of_class, words_in
+from djinn_fx.passes.parts import found_in, held_by, members_of, parts_of, slots_of
 
-#: What a class's body holds beside its members.
-_CLASS_ONLY = frozenset(
-    """
-    __doc__ __module__ __dict__ __weakref__ __annotations__ __abstractmethods__ _abc_impl __dataclass_fields__
-    __dataclass_params__ __annotate__ __annotate_func__ __annotations_cache__ __firstlineno__ __static_attributes__
-    __parameters__ __orig_bases__ __match_args__ __slots__ __qualname__ __hash__
-    """.split()  # noqa: SIM905 - a table to be read, not a list
-)
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, range, slice, type(Ellipsis), type(NotImplemented))
 _TORCH_PLAIN = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)
-_BUILT_IN = (
-    types.BuiltinFunctionType,
-    types.MethodDescriptorType,
-    types.WrapperDescriptorType,
-    types.MethodWrapperType,
-    types.ClassMethodDescriptorType,
-    types.GetSetDescriptorType,
-    types.MemberDescriptorType,
-)
 #: Values of which the name is enough: none of them decides what is computed.
 _OPAQUE = (logging.Logger, logging.LoggerAdapter, types.GenericAlias, types.UnionType, types.ModuleType)
 #: Types of C whose state lies in their items and attributes.
@@ -78,6 +62,8 @@ class Describer:
         self._modules = {id(module): name for name, module in root.named_modules()}
         tensors = [*root.named_parameters(), *root.named_buffers()]
         self._tensors = {id(tensor): name for name, tensor in tensors}
+        configs = [getattr(vars(module).get("config"), "__dict__", {}) for module in root.modules()]
+        self._chosen = {value for config in configs for value in config.values() if isinstance(value, str)}
 
     def hexdigest(self) -> str:
         """The digest of everything said so far."""
@@ -117,12 +103,12 @@ class Describer:
             self._object(value, strict)
 
     def attributes(self, attributes: Mapping[str, Any], idle: frozenset[str] = frozenset()) -> None:
-        """Describe an object's attributes but for those named by ``idle``.
+        """Describe an object's attributes, in whatever order they were set, but for those named by ``idle``.
 
         Raises:
             Unfaithful: one of them cannot be described.
         """
-        for name, value in attributes.items():
+        for name, value in sorted(attributes.items(), key=lambda item: str(item[0])):
             if name not in idle:
                 self.say("attribute", name)
                 try:
@@ -142,14 +128,16 @@ class Describer:
 
     def _object(self, value: Any, strict: bool) -> None:
         """Describe what may hold itself."""
-        if isinstance(value, (Mapping, list, tuple, set, frozenset)):
+        if isinstance(value, GeneralInterface) and origin_of_class(type(value)) == "transformers":
+            self._interface(value, strict)
+        elif isinstance(value, (Mapping, list, tuple, set, frozenset)):
             self._container(value, strict)
             self._generic(value, strict)
         elif isinstance(value, types.FunctionType):
             self.function(value, strict=strict)
         elif isinstance(value, nn.Module) and id(value) in self._modules:
             self.say("module", self._modules[id(value)])
-        elif (parts := _parts(value)) is not None:
+        elif (parts := parts_of(value)) is not None:
             self.say(type(value).__name__, len(parts))
             for part in parts:
                 self.value(part, strict=strict)
@@ -179,7 +167,7 @@ class Describer:
             return
         if isinstance(value, nn.Module) and (value._forward_hooks or value._forward_pre_hooks):
             raise Unfaithful(f"a {kind.__qualname__} that has hooks")
-        slots = [name for each in kind.__mro__ for name in _slots(each)]
+        slots = [name for each in kind.__mro__ for name in slots_of(each)]
         hidden = any(not each.__flags__ & _HEAP_TYPE and each not in (object, *_OPEN) for each in kind.__mro__)
         if hidden or not (hasattr(value, "__dict__") or slots or isinstance(value, tuple)):
             raise Unfaithful(f"a {kind.__module__}.{kind.__qualname__}, whose state is not seen from Python")
@@ -224,6 +212,8 @@ class Describer:
         origin = origin_of(code.co_filename)
         self.say("function", function.__module__, function.__qualname__, digest_of(code))
         if origin in ("torch", "library") or (origin == "installed" and not strict):
+            for part in held_by(function):
+                self.value(part, strict=strict)
             return
         strict = origin != "transformers"
         self.value((function.__defaults__, function.__kwdefaults__, function.__dict__), strict=strict)
@@ -232,27 +222,48 @@ class Describer:
                 self.value(cell.cell_contents, strict=strict)
             except ValueError:
                 self.say("empty cell")
-        names = tuple(dict.fromkeys(names_in(code)))
+        names, words = tuple(dict.fromkeys(names_in(code))), frozenset(words_in(code))
         for name in names:
             if name in function.__globals__ and name not in vars(builtins):
                 home = str(function.__globals__.get("__name__"))
                 registry = not strict and not home.startswith(_MODELS)
-                self._global(name, function.__globals__[name], names, strict, registry)
+                found = function.__globals__[name]
+                self.say("global", name)
+                if registry and isinstance(found, (dict, list, set)):
+                    self.say("registry")  # it grows with whatever else this process loads
+                elif isinstance(found, GeneralInterface):
+                    self._interface(found, strict, words)
+                else:
+                    self._global(found, names, strict)
 
-    def _global(self, name: str, found: Any, names: tuple[str, ...], strict: bool, registry: bool) -> None:
+    def _global(self, found: Any, names: tuple[str, ...], strict: bool) -> None:
         """Something that a function reads by name; of a module, what else the function may read of it."""
-        self.say("global", name)
-        if registry and isinstance(found, (dict, list, set)):
-            return self.say("registry")  # it grows with whatever else this process loads
         if not isinstance(found, types.ModuleType):
             return self.value(found, strict=strict)
         self.say(found.__name__)
         if found.__name__.partition(".")[0] not in sys.stdlib_module_names:
             for each in names:
-                inner = vars(found).get(each)
+                inner = found_in(found, each)
                 if isinstance(inner, (types.FunctionType, type)):
                     self.value(inner, strict=strict)
         return None
+
+    def _interface(self, interface: GeneralInterface, strict: bool, words: frozenset[str] = frozenset()) -> None:
+        """A table of transformers from which a model takes functions by name: those that this one may take.
+
+        The others come and go with what else this process uses; some change themselves when they first run.
+
+        Args:
+            interface: of attention, masks or experts.
+            strict: as for :meth:`value`.
+            words: names in the code that uses it; those in a configuration of the model are known.
+        """
+        self.say("interface", type(interface).__qualname__)
+        for name in sorted(interface):
+            if name in words or name in self._chosen:
+                self.say("entry", name)
+                self.value(interface[name], strict=strict)
+        self.value(getattr(type(interface), "get_interface", None), strict=False)
 
     def type(self, kind: type, *, strict: bool = True) -> None:
         """Describe a class by its bases and what its body and theirs define.
@@ -269,10 +280,9 @@ class Describer:
             if plain or (origin == "installed" and not strict) or self._known(each, strict):
                 continue
             deep = origin in ("user", "installed") or each.__module__.startswith(_MODELS)
-            for name, value in vars(each).items():
-                if name not in _CLASS_ONLY:
-                    self.say("member", name)
-                    self._member(value, deep, strict=origin in ("user", "installed"))
+            for name, value in members_of(each):
+                self.say("member", name)
+                self._member(value, deep, strict=origin in ("user", "installed"))
 
     def _member(self, value: Any, deep: bool, *, strict: bool) -> None:
         """An entry of a class's body; of a class known by its version, bytecode and plain values."""
@@ -286,37 +296,7 @@ class Describer:
         elif isinstance(value, types.FunctionType):
             patched = origin_of(value.__code__.co_filename) == "user"
             self.function(value) if patched else self.say(value.__qualname__, digest_of(value.__code__))
-        elif isinstance(value, (*_PLAIN, tuple, list, dict)):
+        elif isinstance(value, (dict, list, set)):
+            self.say("registry")
+        elif isinstance(value, (*_PLAIN, tuple)):
             self.value(value, strict=False)
-
-
-def _parts(value: Any) -> tuple[Any, ...] | None:
-    """What makes up a thing that wraps or stands for a function; None if it is no such thing."""
-    if isinstance(value, types.MethodType):
-        return (value.__func__, value.__self__)
-    if isinstance(value, (functools.partial, functools.partialmethod)):
-        return (value.func, value.args, value.keywords)
-    if isinstance(value, property):
-        return (value.fget, value.fset)
-    if isinstance(value, (staticmethod, classmethod)):
-        return (value.__func__,)
-    if isinstance(value, functools.cached_property):
-        return (value.func,)
-    if isinstance(value, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
-        return (str(value),)
-    if isinstance(value, torch.jit.ScriptFunction):
-        return (value.qualified_name, value.code)
-    if isinstance(value, re.Pattern):
-        return (value.pattern, value.flags)
-    if isinstance(value, _BUILT_IN):
-        owner = getattr(value, "__self__", None)
-        bound = None if isinstance(owner, (types.ModuleType, type)) else owner
-        return (getattr(value, "__module__", None), value.__qualname__, bound)
-    if callable(value) and isinstance(vars(type(value)).get("__call__"), types.WrapperDescriptorType):
-        return (value.__wrapped__,) if hasattr(value, "__wrapped__") else None  # functools.lru_cache
-    return None
-
-
-def _slots(kind: type) -> tuple[str, ...]:
-    slots = vars(kind).get("__slots__", ())
-    return tuple(n for n in ((slots,) if isinstance(slots, str) else slots) if n not in ("__dict__", "__weakref__"))
