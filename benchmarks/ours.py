@@ -26,7 +26,7 @@ def edits_of(work: Work) -> list[djinn.Edit]:
 
 def own(work: Work, row: int) -> Work:
     """A work with factors of a row's own."""
-    return replace(work, scale={layer: factor - 0.005 * row for layer, factor in work.scale.items()})
+    return replace(work, scale={layer: factor - 0.0005 * row for layer, factor in work.scale.items()})
 
 
 class OurDecoder:

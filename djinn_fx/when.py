@@ -2,7 +2,7 @@
 
 A predicate gets one position's activation ``h`` and returns a 0-d bool tensor. It is vectorised over positions by
 ``torch.func.vmap``, so it may use any torch operation that does not branch on data. These built-in ones can be saved
-in a checkpoint; a function of your own cannot.
+in a checkpoint; a function of your own cannot. They vectorise themselves, which costs the host a fraction of ``vmap``.
 """
 
 from __future__ import annotations
@@ -12,66 +12,84 @@ from dataclasses import dataclass
 import torch
 
 
+class BuiltIn:
+    """A predicate that looks at many positions at once; on one it is the same."""
+
+    def rows(self, values: torch.Tensor) -> torch.Tensor:
+        """Evaluate on ``[positions, ...]``: bool ``[positions]``."""
+        raise NotImplementedError
+
+    def __call__(self, h: torch.Tensor) -> torch.Tensor:
+        """Evaluate on one position's activation."""
+        return self.rows(h[None])[0]
+
+
+def _flat(values: torch.Tensor) -> torch.Tensor:
+    """``[positions, width]`` in fp32."""
+    return values.reshape(values.shape[0], -1).float()
+
+
 @dataclass(frozen=True)
-class NormAbove:
+class NormAbove(BuiltIn):
     """True where the Euclidean norm of the activation, in fp32, exceeds ``limit``."""
 
     limit: float
 
-    def __call__(self, h: torch.Tensor) -> torch.Tensor:
-        """Evaluate on one position's activation."""
-        return torch.gt(h.float().norm(), self.limit)
+    def rows(self, values: torch.Tensor) -> torch.Tensor:
+        """Evaluate on ``[positions, ...]``: bool ``[positions]``."""
+        return torch.gt(torch.linalg.vector_norm(_flat(values), dim=1), self.limit)
 
 
 @dataclass(frozen=True, eq=False)
-class Probe:
+class Probe(BuiltIn):
     """True where the linear probe ``w . h + b`` is positive."""
 
     w: torch.Tensor
     b: float
 
-    def __call__(self, h: torch.Tensor) -> torch.Tensor:
-        """Evaluate on one position's activation."""
-        return torch.gt((self.w.to(h.device, torch.float32) * h.flatten().float()).sum() + self.b, 0)
+    def rows(self, values: torch.Tensor) -> torch.Tensor:
+        """Evaluate on ``[positions, ...]``: bool ``[positions]``."""
+        return torch.gt((self.w.to(values.device, torch.float32) * _flat(values)).sum(1) + self.b, 0)
 
 
 @dataclass(frozen=True, eq=False)
-class CosineAbove:
+class CosineAbove(BuiltIn):
     """True where the cosine between the activation and ``d`` exceeds ``limit``."""
 
     d: torch.Tensor
     limit: float
 
-    def __call__(self, h: torch.Tensor) -> torch.Tensor:
-        """Evaluate on one position's activation."""
-        d, flat = self.d.to(h.device, torch.float32), h.flatten().float()
-        return torch.gt((d * flat).sum(), self.limit * d.norm() * flat.norm())
+    def rows(self, values: torch.Tensor) -> torch.Tensor:
+        """Evaluate on ``[positions, ...]``: bool ``[positions]``."""
+        d, flat = self.d.to(values.device, torch.float32), _flat(values)
+        norms = torch.linalg.vector_norm(flat, dim=1)
+        return torch.gt((d * flat).sum(1), self.limit * torch.linalg.vector_norm(d) * norms)
 
 
 @dataclass(frozen=True)
-class Nonfinite:
+class Nonfinite(BuiltIn):
     """True where the activation holds a NaN or an infinity."""
 
-    def __call__(self, h: torch.Tensor) -> torch.Tensor:
-        """Evaluate on one position's activation."""
-        return ~torch.isfinite(h).all()
+    def rows(self, values: torch.Tensor) -> torch.Tensor:
+        """Evaluate on ``[positions, ...]``: bool ``[positions]``."""
+        return ~torch.isfinite(values.reshape(values.shape[0], -1)).all(1)
 
 
 @dataclass(frozen=True)
-class EntropyBelow:
+class EntropyBelow(BuiltIn):
     """True where the entropy of ``softmax(h)``, in nats, is below ``limit``; meant for ``logits``."""
 
     limit: float
 
-    def __call__(self, h: torch.Tensor) -> torch.Tensor:
-        """Evaluate on one position's logits."""
-        log_p = torch.log_softmax(h.flatten().float(), dim=-1)
+    def rows(self, values: torch.Tensor) -> torch.Tensor:
+        """Evaluate on ``[positions, ...]``: bool ``[positions]``."""
+        log_p = torch.log_softmax(_flat(values), dim=1)
         # p log p is 0 where p is 0, also where log p is -inf.
-        return torch.lt(-torch.special.xlogy(log_p.exp(), log_p.exp()).sum(), self.limit)
+        return torch.lt(-torch.special.xlogy(log_p.exp(), log_p.exp()).sum(1), self.limit)
 
 
 @dataclass(frozen=True)
-class Token:
+class Token(BuiltIn):
     """True where the position's input token is ``id``; the activation is not looked at."""
 
     id: int
@@ -79,9 +97,9 @@ class Token:
     #: Tells the runtime to pass the position's token instead of its activation.
     reads_token = True
 
-    def __call__(self, token: torch.Tensor) -> torch.Tensor:
-        """Evaluate on one position's input token, a 0-d int64 tensor."""
-        return torch.eq(token, self.id)
+    def rows(self, values: torch.Tensor) -> torch.Tensor:
+        """Evaluate on input tokens, int64 ``[positions]``."""
+        return torch.eq(values, self.id)
 
 
 def norm_above(limit: float) -> NormAbove:

@@ -201,10 +201,16 @@ def _decode_runs(  # type: ignore[no-untyped-def]
         t = (start + key).to(tl.int64)
         live = t < end
         keys = tl.load(
-            k_base + t[None, :] * k_key + d[:, None] * k_dim, mask=live[None, :] & (d < D)[:, None], other=0.0
+            k_base + t[None, :] * k_key + d[:, None] * k_dim,
+            mask=live[None, :] & (d < D)[:, None],
+            other=0.0,
+            eviction_policy="evict_first",  # read once a step: the cache is for what is read more often
         )
         values = tl.load(
-            v_base + t[:, None] * v_key + dv[None, :] * v_dim, mask=live[:, None] & (dv < DV)[None, :], other=0.0
+            v_base + t[:, None] * v_key + dv[None, :] * v_dim,
+            mask=live[:, None] & (dv < DV)[None, :],
+            other=0.0,
+            eviction_policy="evict_first",
         )
         if EXACT:
             keys, values = keys.to(tl.float32), values.to(tl.float32)

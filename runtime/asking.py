@@ -53,7 +53,10 @@ def _questions(engine: Engine, run: Run) -> Iterator[Question]:
 def values_at(engine: Engine, flight: Flight, site: Site, tokens: list[int]) -> torch.Tensor:
     """A copy of a site's value at some tokens, for a predicate to look at while other threads go on."""
     with engine.lock:
-        return flight.value(site)[tokens]
+        value = flight.value(site)
+        if len(tokens) == tokens[-1] - tokens[0] + 1:  # a list of indices would have to be sent to the device
+            return value[tokens[0] : tokens[-1] + 1].clone()
+        return value[tokens]
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from djinn_fx.runtime.launch import to_host
 from djinn_fx.runtime.steps import Step
 from djinn_fx.sites import Site, SiteTable, require_compiled
 from djinn_fx.specs import Breakpoint
+from djinn_fx.when import BuiltIn
 
 
 @dataclass
@@ -145,7 +146,7 @@ def evaluate(spec: Breakpoint, values: torch.Tensor) -> torch.Tensor:
     assert spec.when is not None
     try:
         with torch.no_grad():
-            answers = torch.func.vmap(spec.when)(values)
+            answers = spec.when.rows(values) if isinstance(spec.when, BuiltIn) else torch.func.vmap(spec.when)(values)
     except Exception as error:
         raise InvalidPredicate(
             f"the predicate of break_at({spec.site!r}) failed on a value of shape "

@@ -242,7 +242,7 @@ def _commit(engine: Engine, run: Run, flight: Flight) -> int | None:
         known = None
         if ends and options.kind == "generate":
             known = flight.drawn if options.sampling.do_sample else flight.token
-        record = _recorded(run, flight, ends=ends)
+        record = _recorded(engine, run, flight, ends=ends)
         session.journal.append(flight.step)
         session.length = flight.step.stop
         run.flight, session.last_logits = None, None
@@ -257,11 +257,12 @@ def _commit(engine: Engine, run: Run, flight: Flight) -> int | None:
         return token
 
 
-def _recorded(run: Run, flight: Flight, *, ends: bool) -> StepRecord:
+def _recorded(engine: Engine, run: Run, flight: Flight, *, ends: bool) -> StepRecord:
     """What a step gave its run."""
     record = StepRecord(flight.step.start)
+    part = len(run.capture) / max(1, len(engine.sites))
     for site in run.capture:
-        record.captured[site.name] = flight.value(site).clone()
+        record.captured[site.name] = flight.own(site, part)
     if run.options.kind == "forward":
         skip = max(0, run.prompt_start - flight.step.start)
         record.logits = flight.logits()[skip:].clone()

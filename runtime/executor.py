@@ -51,6 +51,9 @@ class RowValues(Protocol):
     def value(self, site: Site) -> torch.Tensor:
         """Value of ``site``, ``[tokens, *feature_shape]``; a view, copy before handing it out."""
 
+    def own(self, site: Site, part: float) -> torch.Tensor:
+        """Value of ``site`` to be handed out; ``part`` of all sites are."""
+
 
 @dataclass
 class StepValues:
@@ -72,6 +75,10 @@ class StepValues:
     def value(self, site: Site) -> torch.Tensor:
         """Value of ``site``, ``[tokens, *feature_shape]``; a view, copy before handing it out."""
         return site_row(site, self.env, self.row, self.step)
+
+    def own(self, site: Site, part: float) -> torch.Tensor:
+        """A copy of the value of ``site``."""
+        return self.value(site).clone()
 
     @property
     def logits(self) -> torch.Tensor:

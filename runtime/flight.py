@@ -51,6 +51,12 @@ class Flight:
             raise InternalError(f"the value of {site.name!r} was asked for before its step ran")
         return self.values.value(site)
 
+    def own(self, site: Site, part: float) -> torch.Tensor:
+        """Value of a site to be handed out: nobody else writes or reads it; ``part`` of all sites are handed out."""
+        if self.chunk is None and self.values is not None:
+            return self.values.own(site, part)
+        return self.value(site).clone()
+
     def logits(self) -> torch.Tensor:
         """Logits of the kept positions of a complete step, ``[kept, vocab]``, a view."""
         if self.chunk is not None:

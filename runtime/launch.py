@@ -15,6 +15,9 @@ from djinn_fx.runtime.tables import BatchRow, Wants
 from djinn_fx.sites import Site
 from djinn_fx.specs import ProgramShape, Variant
 
+#: A view keeps the whole of a snapshot; it is handed out where so much of that is wanted.
+LEAST = 0.5
+
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -24,11 +27,13 @@ class Snapshot:
         first: the lane that index 0 stands for.
         logits: ``[lanes, 1, vocab]``.
         taps: copies of :attr:`djinn_fx.runtime.lanes.Lanes.taps`, ``[sites, lanes, ...]``; empty where there are none.
+        wanted: what part of its lanes somebody asked for.
     """
 
     first: int
     logits: torch.Tensor
     taps: tuple[torch.Tensor, ...]
+    wanted: float = 1.0
 
 
 class Launch:
@@ -127,22 +132,27 @@ class Launch:
 
     def end(self) -> None:
         """The buffers will be overwritten: copy what somebody still wants of them."""
-        if self._over:
-            return
-        wanted = [value for value in self._values if value.wants != "token"]
+        if not self._over:
+            self.keep()
+        self._over = True
+
+    def keep(self) -> None:
+        """Copy what somebody wants of the buffers, all in one go; whoever has a copy reads from that."""
+        wanted = [value for value in self._values if value.wants != "token" and not value.kept]
         if wanted:
             lanes = {value.lane for value in wanted}
             tapped = any(value.wants == "taps" for value in wanted)
-            snapshot = self._snapshot(next(iter(lanes)) if len(lanes) == 1 else None, tapped=tapped)
+            snapshot = self._snapshot(lanes, tapped=tapped)
             for value in wanted:
                 value.keep(snapshot)
-        self._over = True
 
-    def _snapshot(self, lane: int | None, *, tapped: bool) -> Snapshot:
-        chosen = slice(0, self.shape.rows) if lane is None else slice(lane, lane + 1)
+    def _snapshot(self, lanes: set[int], *, tapped: bool) -> Snapshot:
+        first, rows = next(iter(lanes)), self.shape.rows
+        chosen = slice(first, first + 1) if len(lanes) == 1 else slice(0, rows)
         with torch.inference_mode(False), torch.no_grad():
             taps = tuple(tap[:, chosen].clone() for tap in self._lanes.taps) if tapped and self.tapped else ()
-            return Snapshot(chosen.start, self._logits()[chosen].clone(), taps)
+            part = len(lanes) / (chosen.stop - chosen.start)
+            return Snapshot(chosen.start, self._logits()[chosen].clone(), taps, part)
 
     def here(self) -> Snapshot:
         """The static buffers themselves, while they hold this step."""
@@ -160,16 +170,32 @@ class LaunchValues:
         step: the step.
         lane: its lane.
         wants: what may be asked of it later: ``"token"``, ``"logits"`` or ``"taps"``.
+        shared: whether another session's step in the air reads from it too.
     """
 
     def __init__(self, step: Step, lane: int, launch: Launch, wants: Wants) -> None:
-        self.step, self.lane, self.wants = step, lane, wants
+        self.step, self.lane, self.wants, self.shared = step, lane, wants, False
         self._launch = launch
         self._kept: Snapshot | None = None
+
+    @property
+    def kept(self) -> bool:
+        """Whether it reads from a snapshot."""
+        return self._kept is not None
 
     def keep(self, snapshot: Snapshot) -> None:
         """Read from a snapshot from now on."""
         self._kept = snapshot
+
+    def own(self, site: Site, part: float) -> torch.Tensor:
+        """Value of ``site`` as a tensor that nobody else writes or reads, ``[1, *feature_shape]``.
+
+        It is a view of the snapshot where ``part`` of the sites are wanted and that makes up most of it, else a copy.
+        """
+        if self.wants == "taps" and self._kept is None and not self._launch.over:
+            self._launch.keep()
+        mostly = self._kept is not None and self._kept.wanted * part >= LEAST
+        return self.value(site) if mostly and not self.shared else self.value(site).clone()
 
     def _source(self) -> Snapshot | None:
         if self._kept is not None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from djinn_fx.runtime.bits import same_bits
 from djinn_fx.runtime.driver import deliver, execute, take_over
 from djinn_fx.runtime.flight import Flight
+from djinn_fx.runtime.launch import LaunchValues
 from djinn_fx.runtime.planner import flight_of
 from djinn_fx.runtime.run import Run
 from djinn_fx.runtime.session import Session, recomputed
@@ -82,6 +83,8 @@ def fork(engine: Engine, run: Run, n: int, seeds: Sequence[int] | None) -> list[
 def _copy_flight(engine: Engine, flight: Flight, row: int) -> Flight:
     """The same step in the air for another row; values are shared, since nothing mutates them."""
     copied = replace(flight, drawn=None)  # the copy may have another seed
+    if isinstance(flight.values, LaunchValues):
+        flight.values.shared = True
     if flight.chunk is not None:
         chunk = flight.chunk.twin()
         engine.executor.refresh(chunk, BatchRow(row, flight.step))

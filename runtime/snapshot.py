@@ -130,7 +130,7 @@ class Snapshot:
         run = self.state.run
         if self.frame is None or values is None or run is None or run.flight is None:
             return self.state
-        stop = StopState(self.frame.site, values[0].clone(), not same_bits(*values), self.frame.fired)
+        stop = StopState(self.frame.site, values[0], not same_bits(*values), self.frame.fired)
         return replace(self.state, run=replace(run, flight=replace(run.flight, stop=stop)))
 
 
