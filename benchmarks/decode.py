@@ -71,7 +71,7 @@ def plan_of(context: Context, loaded: Loaded) -> Plan:
     """Sizes for this device and this model."""
     if context.device.type == "cuda" and not context.options.quick:
         if loaded.weight_bytes > LARGE:
-            return Plan((1, 8, 32), min(512, loaded.room // 2), 16, 4, 2, 2)
+            return Plan((1, 32), min(512, loaded.room // 2), 16, 3, 2, 2)
         return Plan((1, 8, 32), min(512, loaded.room // 2), 32, 6, 3, 6)
     if context.device.type == "cuda":
         return Plan((1, 8), min(512, loaded.room // 2), 16, 4, 1, 3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -25,6 +26,7 @@ from djinn_fx.runtime.tables import (
     variant_for,
 )
 from djinn_fx.sites import Site
+from djinn_fx.specs import edit_tables
 
 if TYPE_CHECKING:
     from djinn_fx.runtime.loop import DecodeLoop
@@ -194,11 +196,16 @@ class Executor:
 
     def _refill(self, chunk: Chunk, row: BatchRow) -> None:
         """Give a chunk all its inputs anew."""
-        if chunk.stage is None or chunk.program.variant != "plain":
+        if chunk.stage is None:
             chunk.put(self._inputs([row], chunk.program))
         else:
-            chunk.stage.upload(step_ints([row], chunk.program.shape, self.arena.spare_row))
+            chunk.stage.refill(step_ints([row], chunk.program.shape, self.arena.spare_row), row)
 
     def _stage(self, program: Program) -> Stage:
         assert self.stages is not None
-        return self.stages.of(program, lambda: self._inputs([], program))
+        return self.stages.of(program, lambda: (self._inputs([], program), self._neutral(program)))
+
+    def _neutral(self, program: Program) -> dict[str, float]:
+        """What a program's steering tables hold where nothing acts."""
+        of_site = partial(edit_tables, shape=program.shape, variant=program.variant, dtype=self.dtype, rank=self.rank)
+        return {spec.name: spec.neutral for site in program.sites for spec in of_site(site)}

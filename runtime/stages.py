@@ -18,7 +18,7 @@ import torch
 from djinn_fx.program import TOKENS, Program
 from djinn_fx.runtime.lanes import copy_all, send
 from djinn_fx.runtime.segments import Env, run_segments
-from djinn_fx.runtime.tables import Tables
+from djinn_fx.runtime.tables import BatchRow, Tables, write_steering
 from djinn_fx.specs import ProgramShape, Variant
 
 #: Bytes that the buffers of a model's stages may take together.
@@ -88,11 +88,15 @@ class Stage:
     Args:
         program: the program; its kernels must have run once.
         inputs: example inputs, of dead rows; their tensors become the buffers.
+        neutral: what each steering table among them holds where nothing acts.
         shared: the arenas.
         recorder: makes a segment ready.
     """
 
-    def __init__(self, program: Program, inputs: Tables, shared: Env, recorder: Recorder) -> None:
+    def __init__(
+        self, program: Program, inputs: Tables, neutral: Mapping[str, float], shared: Env, recorder: Recorder
+    ) -> None:
+        self._neutral, self._written = neutral, set[str]()
         self.program, self.inputs, self.shared = program, tuple(inputs), frozenset(shared)
         self.env: Env = {**inputs, **shared}
         self._ints = _whole(inputs[TOKENS])
@@ -117,11 +121,20 @@ class Stage:
         chunk.leave()
         names = [name for name in chunk.env if name in self.env and name not in self.shared]
         copy_all([self.env[name] for name in names], [chunk.env[name] for name in names])
+        self._written.update(name for name in names if name in self._neutral)
         chunk.env, chunk.stage, self._on = self.env, self, weakref.ref(chunk)
 
-    def upload(self, ints: torch.Tensor) -> None:
-        """Give the chunk that is on it its integer inputs, a host tensor laid out as ``tables.int_names`` says."""
+    def refill(self, ints: torch.Tensor, row: BatchRow) -> None:
+        """Give the chunk that is on it its inputs anew.
+
+        Args:
+            ints: the integer inputs, a host tensor laid out as ``tables.int_names`` says.
+            row: what acts in it.
+        """
         send(ints, self._ints)
+        for name in self._written:
+            self.env[name].fill_(self._neutral[name])
+        self._written = write_steering(self.env, [row], self.program.sites) if self._neutral else set()
 
     def run(self, first: int, last: int) -> None:
         """Run segments ``first`` to ``last`` (inclusive) of the chunk that is on it."""
@@ -224,12 +237,12 @@ class Stages:
         """Bytes of all their buffers."""
         return sum(stage.nbytes for stage in self._made.values())
 
-    def of(self, program: Program, inputs: Callable[[], Tables]) -> Stage:
-        """The stage of a program, made now if there is none; ``inputs`` gives those of dead rows."""
+    def of(self, program: Program, inputs: Callable[[], tuple[Tables, Mapping[str, float]]]) -> Stage:
+        """The stage of a program, made now if there is none; ``inputs``: those of dead rows, and neutral values."""
         key = (program.shape, program.variant, tuple(site.name for site in program.sites))
         stage = self._made.pop(key, None)
         if stage is None:
-            stage = Stage(program, inputs(), self.shared, self.recorder)
+            stage = Stage(program, *inputs(), self.shared, self.recorder)
             room = self.limit - stage.nbytes
             while self._made and self.nbytes > room:
                 del self._made[next(iter(self._made))]  # the one that was not used for longest

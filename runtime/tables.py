@@ -115,40 +115,60 @@ def steering_inputs(
     rank: int,
 ) -> Tables:
     """The steering tables of every site for a batch; what a row does not use stays neutral."""
-    tables: Tables = {}
+    specs = [spec for site in sites for spec in edit_tables(site, shape, variant, dtype, rank)]
+    tables = {spec.name: torch.full(spec.shape, spec.neutral, dtype=spec.dtype, device=device) for spec in specs}
+    if tables:
+        write_steering(tables, batch, sites)
+    return tables
+
+
+def write_steering(tables: Tables, batch: Sequence[BatchRow], sites: Sequence[Site]) -> set[str]:
+    """Write what acts and what is injected in a batch into neutral tables; returns the names of those written."""
+    written: set[str] = set()
     for site in sites:
-        for spec in edit_tables(site, shape, variant, dtype, rank):
-            tables[spec.name] = torch.full(spec.shape, spec.neutral, dtype=spec.dtype, device=device)
-        if variant == "plain":
-            continue
         for index, row in enumerate(batch):
+            parts: list[str] = []
             armed = acting(row.step, site)
             if armed is not None:
-                _write_edit(tables, site, index, row.step, armed)
+                parts += _write_edit(tables, site, index, row.step, armed)
             if site.name in row.step.injections:
                 value = row.step.injections[site.name]
                 tables[f"{site.name}:inject"][index] = True
                 tables[f"{site.name}:tap"][index, : value.shape[0]] = value
-    return tables
+                parts += ["inject", "tap"]
+            written.update(f"{site.name}:{part}" for part in parts)
+    return written
 
 
-def _write_edit(tables: Tables, site: Site, index: int, step: Step, armed: Armed) -> None:
+def _write_edit(tables: Tables, site: Site, index: int, step: Step, armed: Armed) -> list[str]:
+    """Write one row's edit; returns the parts written."""
     matched = step.matching(armed.edit.positions)
     chosen = [i for i, token in enumerate(step.tokens_of(site)) if matched[token]]
     if not chosen:
-        return
-    if armed.scale is not None or armed.add is not None:
-        tables[f"{site.name}:act"][index, chosen] = True
-    if armed.scale is not None:
-        tables[f"{site.name}:scale"][index, 0] = armed.scale
-    if armed.add is not None:
-        tables[f"{site.name}:add"][index, 0] = armed.add
-    if armed.rank is not None:
-        tables[f"{site.name}:rank_act"][index, chosen] = True
-        count = armed.rank.read.shape[0]
-        tables[f"{site.name}:slot"][index, :count] = True
-        for part in RankPart.__dataclass_fields__:
-            tables[f"{site.name}:{part}"][index, :count] = getattr(armed.rank, part)
+        return []
+    values = {part: value for part in ("scale", "add") if (value := getattr(armed, part)) is not None}
+    for part, value in values.items():
+        tables[f"{site.name}:{part}"][index, 0] = value
+    parts = list(values)
+    if parts:
+        _mark(tables[f"{site.name}:act"][index], chosen)
+        parts.append("act")
+    if armed.rank is None:
+        return parts
+    _mark(tables[f"{site.name}:rank_act"][index], chosen)
+    count = armed.rank.read.shape[0]
+    tables[f"{site.name}:slot"][index, :count] = True
+    for part in RankPart.__dataclass_fields__:
+        tables[f"{site.name}:{part}"][index, :count] = getattr(armed.rank, part)
+    return [*parts, "rank_act", "slot", *RankPart.__dataclass_fields__]
+
+
+def _mark(flags: torch.Tensor, chosen: Sequence[int]) -> None:
+    """Set the flags of chosen tokens; a stretch of them without sending indices to the device."""
+    if len(chosen) == chosen[-1] - chosen[0] + 1:
+        flags[chosen[0] : chosen[-1] + 1] = True
+    else:
+        flags[chosen] = True
 
 
 def site_row(site: Site, env: Mapping[str, torch.Tensor], index: int, step: Step) -> torch.Tensor:
