@@ -6,14 +6,15 @@ code: no lock is held while they run, and what they look at are copies, which no
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from djinn_fx.runtime import planner
-from djinn_fx.runtime.breakpoints import Question, questions
+from djinn_fx.runtime.breakpoints import Answer, Question
 from djinn_fx.runtime.flight import Flight
+from djinn_fx.runtime.launch import LaunchValues
 from djinn_fx.runtime.run import Run
 from djinn_fx.runtime.sampling import sample
 from djinn_fx.sites import Site
@@ -30,23 +31,37 @@ def ask(engine: Engine, groups: Sequence[Sequence[Run]]) -> None:
     if not watching:
         return
     with engine.lock:
-        asked = [(planner.flight_of(run), found) for run in watching for found in _questions(engine, run)]
-    for flight, question in asked:
-        said = question.ask()
-        flight.answers |= {(id(question.point), name): answer for name, answer in said.items()}
+        asked = [(planner.flight_of(run), _questions(engine, run)) for run in watching]
+    for flight, questions in asked:
+        if questions is None:
+            continue
+        said = [question.ask() for question in questions]
+        for question, answer in zip(questions, said, strict=True):
+            known = {(id(question.point), name): Answer(answer, rank) for rank, name in enumerate(question.sites)}
+            flight.answers |= known
+        flight.said = tuple(said)
 
 
 @torch.no_grad()
-def _questions(engine: Engine, run: Run) -> Iterator[Question]:
-    """What a run's predicates are to be asked of the decode step it is in."""
+def _questions(engine: Engine, run: Run) -> list[Question] | None:
+    """All that has to be asked before it is known where a run stops in the decode step it is in.
+
+    None if that cannot be told ahead: a breakpoint stops without being asked, or a value was not kept.
+    """
     flight = planner.flight_of(run)
-    if flight.values is None:
-        return
+    if not isinstance(flight.values, LaunchValues):
+        return None
     sites = planner.watched(run, flight, engine.sites)
+    found: list[Question] = []
     for point in run.breakpoints:
-        chosen = [site for site in sites if point.watches(site)] if point.asks(flight.step) else []
-        if chosen and all(flight.values.has(site) for site in chosen):
-            yield from questions(point, chosen, [flight.value(site) for site in chosen])
+        chosen = [site for site in sites if point.watches(site)]
+        if not chosen or not any(flight.step.matching(point.spec.positions)):
+            continue
+        values = flight.values.gather(chosen) if point.asks(flight.step) else None
+        if values is None:
+            return None
+        found += [Question(point, tuple(site.name for site in members), value) for members, value in values]
+    return found
 
 
 @torch.no_grad()

@@ -116,25 +116,13 @@ class Question:
     sites: tuple[str, ...]
     values: torch.Tensor
 
-    def ask(self) -> dict[str, Answer]:
+    def ask(self) -> Said:
         """Evaluate the predicate without waiting for the device.
 
         Raises:
             InvalidPredicate: as :func:`evaluate`.
         """
-        said = Said(*to_host(evaluate(self.point.spec, self.values)))
-        return {name: Answer(said, rank) for rank, name in enumerate(self.sites)}
-
-
-def questions(point: ArmedBreakpoint, sites: Sequence[Site], values: Sequence[torch.Tensor]) -> list[Question]:
-    """What to ask a predicate of one position at many sites; ``values`` are those of the sites, ``[1, ...]`` each."""
-    alike: dict[tuple[object, ...], list[int]] = {}
-    for index, value in enumerate(values):
-        alike.setdefault((value.shape, value.dtype), []).append(index)
-    return [
-        Question(point, tuple(sites[i].name for i in indices), torch.cat([values[i] for i in indices]))
-        for indices in alike.values()
-    ]
+        return Said(*to_host(evaluate(self.point.spec, self.values)))
 
 
 def evaluate(spec: Breakpoint, values: torch.Tensor) -> torch.Tensor:

@@ -131,7 +131,8 @@ def _launch(engine: Engine, runs: Sequence[Run]) -> list[list[Run]]:
         batch = [planner.batch_row(run) for run in group]
         for run, values in zip(group, executor.decode(batch), strict=True):
             launched = planner.flight_of(run)
-            launched.values, launched.answers, launched.drawn = values, {}, None
+            launched.values, launched.drawn = values, None
+            launched.answers, launched.said = {}, None
     for run in runs:
         flight = run.flight
         if flight is not None and not flight.step.decodes and flight.chunk is None:
@@ -155,7 +156,8 @@ def _seek(engine: Engine, run: Run) -> Stop | None:
     flight = run.flight
     if flight is None or (flight.values is None and flight.chunk is None):
         return None
-    for site in planner.watched(run, flight, flight.sites(engine.sites)):
+    ahead = [] if run.target is None and flight.passes else planner.watched(run, flight, flight.sites(engine.sites))
+    for site in ahead:
         if not _reach(engine, run, flight, site):
             return None
         fired = planner.fired(run, flight, site, partial(asking.values_at, engine, flight, site))

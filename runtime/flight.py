@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from djinn_fx.errors import InternalError
-from djinn_fx.runtime.breakpoints import Answer
+from djinn_fx.runtime.breakpoints import Answer, Said
 from djinn_fx.runtime.executor import RowValues, StepValues
 from djinn_fx.runtime.stages import Chunk
 from djinn_fx.runtime.steps import Step
@@ -30,6 +30,7 @@ class Flight:
         chunk: a prompt chunk's execution, once begun.
         drawn: the token that a decode step's logits come to, where it was drawn ahead.
         answers: what predicates said of a decode step's values, by breakpoint and site.
+        said: the same as a whole, where every breakpoint that could stop the step was asked; None where not.
     """
 
     step: Step
@@ -38,6 +39,12 @@ class Flight:
     chunk: Chunk | None = None
     drawn: int | None = None
     answers: dict[tuple[int, str], Answer] = field(default_factory=dict)
+    said: tuple[Said, ...] | None = None
+
+    @property
+    def passes(self) -> bool:
+        """Whether every predicate was asked and none holds, so that the step stops nowhere; waits for the device."""
+        return self.said is not None and not any(any(said.read()) for said in self.said)
 
     def sites(self, compiled: tuple[Site, ...]) -> tuple[Site, ...]:
         """The sites at which this step can stop: a chunk keeps those it began with."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -219,6 +219,28 @@ class LaunchValues:
             raise InternalError(f"the value of {site.name!r} was not kept")
         lane = self.lane - source.first
         return source.taps[place[0]][place[1], lane : lane + 1]
+
+    def gather(self, sites: Sequence[Site]) -> list[tuple[tuple[Site, ...], torch.Tensor]] | None:
+        """Copies of the values of many sites, those of one shape together: ``[sites, *feature_shape]``.
+
+        None if one of them was not kept.
+        """
+        source = self._source()
+        if source is None or not source.taps:
+            return None
+        alike: dict[int, list[tuple[int, Site]]] = {}
+        for site in sites:
+            place = self._launch.place(site)
+            if place is None:
+                return None
+            alike.setdefault(place[0], []).append((place[1], site))
+        lane, found = self.lane - source.first, []
+        for number, members in alike.items():
+            tap, ranks = source.taps[number], [rank for rank, _ in members]
+            whole = ranks == list(range(tap.shape[0]))
+            values = tap[:, lane].clone() if whole else torch.stack([tap[rank, lane] for rank in ranks])
+            found.append((tuple(site for _, site in members), values))
+        return found
 
     @property
     def logits(self) -> torch.Tensor:
