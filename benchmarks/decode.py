@@ -72,7 +72,7 @@ def plan_of(context: Context, loaded: Loaded) -> Plan:
     if context.device.type == "cuda" and not context.options.quick:
         if loaded.weight_bytes > LARGE:
             return Plan((1, 32), min(512, loaded.room // 2), 16, 3, 2, 2)
-        return Plan((1, 8, 32), min(512, loaded.room // 2), 32, 6, 3, 6)
+        return Plan((1, 8, 32), min(512, loaded.room // 2), 32, 5, 2, 6)
     if context.device.type == "cuda":
         return Plan((1, 8), min(512, loaded.room // 2), 16, 4, 1, 3)
     return Plan((1, 2) if context.options.quick else (1, 8), min(32, loaded.room // 4), 4, 3, 1, 2)
@@ -107,6 +107,8 @@ def run(context: Context) -> dict[str, Json]:
     truth = Truth(loaded, prompts, works(loaded, context.options.seed), found["tolerance"])
     ours = Ours(context, loaded, plan, prompts, truth)
     found["ours"] = ours.run()
+    found["memory"] = ours.memory
+    context.say(f"memory, MiB: { {name: size >> 20 for name, size in ours.memory.items()} }")
     theirs = Theirs(context, loaded, plan, prompts, truth)
     found["peers"] = {peer.name: theirs.run(peer) for peer in peers()} if context.options.peers else {}
     return found
@@ -120,6 +122,7 @@ class Ours:
 
     def __init__(self, context: Context, loaded: Loaded, plan: Plan, prompts: torch.Tensor, truth: Truth) -> None:
         self.context, self.loaded, self.plan, self.prompts, self.truth = context, loaded, plan, prompts, truth
+        self.memory: dict[str, Json] = {}
 
     def run(self) -> dict[str, Json]:
         """Every variant at every number of rows."""
@@ -131,10 +134,12 @@ class Ours:
             checked = self.context.part("our answers", lambda: self._variants(dj))
             if not isinstance(checked, dict) or "failed" in checked or "skipped" in checked:
                 return {"all": checked}
-            return {
+            found = {
                 str(rows): self.context.part(f"djinn_fx, {rows} rows", lambda rows=rows: self._rows(rows, checked))  # type: ignore[misc]
                 for rows in self.plan.rows
             }
+            self.memory = _memory(self.loaded, dj)
+            return found
         finally:
             dj.close()
 
@@ -256,6 +261,17 @@ class Theirs:
         decoder.start(self.prompts[:rows], work)
         decoder.block_seconds(4)
         return summary(_blocks(decoder.block_seconds, self.plan.peer_blocks, self.plan.block), "ms")
+
+
+def _memory(loaded: Loaded, dj: Any) -> dict[str, Json]:
+    """Bytes by component, and on CUDA those of the whole device beyond weights and KV, other processes included."""
+    found = dict(dj.memory())
+    if loaded.device.type == "cuda":
+        clock.clear(loaded.device)
+        found["reserved"] = torch.cuda.memory_reserved(loaded.device)
+        found["device_used"] = clock.device_used(loaded.device)
+        found["beyond_weights_and_kv"] = found["device_used"] - found["weights"] - found["kv"]
+    return found
 
 
 def _blocks(take: Callable[[int], float], blocks: int, size: int) -> list[float]:

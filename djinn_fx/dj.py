@@ -7,6 +7,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import nn
 
 from djinn_fx.kernels.backend import uses_triton
@@ -219,6 +220,8 @@ class Dj(Looking):
             CaptureMismatch: the captured model differs from eager beyond tolerance; names the first diverging site.
         """
         self._receipt = make_receipt(self.engine, self.observer, reference)
+        if self.engine.device.type == "cuda":
+            torch.cuda.empty_cache()  # what the eager model took
 
     @property
     def sessions(self) -> tuple[Session, ...]:

@@ -114,6 +114,8 @@ class Agreements:
         if program.variant == "armed" and program.shape.query == 1:
             self._compare_resumed(program, first)
         others[program.variant] = program
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # the probes of a large model leave much that no step will ask for again
 
     # -- comparisons ---------------------------------------------------------------------------
 
