@@ -4,7 +4,8 @@
 
 The records lie in a folder of ``benchmarks/results/`` that is named by the card; where there are several, say which.
 Between ``<!-- bench:NAME -->`` and ``<!-- /bench -->`` stands what NAME gives: ``interactivity`` (the experiment at a
-glance), ``decode`` (milliseconds per token), ``picture`` (one row, by system). Nothing between them is typed.
+glance), ``steps`` (our decode graphs against the graph compiled whole), ``decode`` (milliseconds per token),
+``picture`` (one row, by system). Nothing between them is typed.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from djinn_fx.benchmarks import decode_report, plots
+from djinn_fx.benchmarks import decode_report, plots, steps_report
 from djinn_fx.benchmarks.interacting import report as interactivity_report
 from djinn_fx.benchmarks.record import Record, load
 from djinn_fx.benchmarks.report import table_body
@@ -55,6 +56,10 @@ def blocks(root: Path, card: str | None = None) -> dict[str, Callable[[], str]]:
         table = interactivity_report.tables(found)[0]
         return f"{table_body(table)}\n\n{_source(found)} {table.note}"
 
+    def steps() -> str:
+        found = [load(path) for path in sorted(results_of(root, card).glob("steps_*.json"))]
+        return f"{table_body(steps_report.combined(found))}\n\n{_source(found[0])} Device time, medians."
+
     def decode() -> str:
         folder = results_of(root, card)
         found = [load(path) for path in sorted(folder.glob("decode_*.json"))]
@@ -67,7 +72,7 @@ def blocks(root: Path, card: str | None = None) -> dict[str, Callable[[], str]]:
         path = plots.draw(first, root / IMAGES)
         return f"![{first.title}]({path.relative_to(root).as_posix()})"
 
-    return {"interactivity": interactivity, "decode": decode, "picture": picture}
+    return {"interactivity": interactivity, "steps": steps, "decode": decode, "picture": picture}
 
 
 def _source(record: Record) -> str:

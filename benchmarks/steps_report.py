@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from djinn_fx.benchmarks.record import Json, Record
 from djinn_fx.benchmarks.tables import Picture, Table, figure, missing, number, share
 
@@ -25,6 +27,30 @@ def _table(record: Record, rows: str, entry: Json) -> Table:
     floors = [("weights read once", results["floor_ms"]), ("weights and KV read once", entry["floor_with_kv_ms"])]
     body += [[f"floor: {what}", number(value), *(["-"] * 5)] for what, value in floors]
     return Table(title, heads, body, _note(results, entry))
+
+
+def combined(records: Sequence[Record]) -> Table:
+    """Several models in one table: each arm's milliseconds, and what it takes over the whole graph."""
+    columns = [(record, rows) for record in records for rows in record.results["rows"]]
+    heads = ["graph", *(f"{r.options['model']}, {rows} row{'s' if rows != '1' else ''}" for r, rows in columns)]
+    body = []
+    for name in ORDER:
+        cells = [record.results["rows"][rows].get("arms", {}).get(name) for record, rows in columns]
+        label = columns[0][0].results["arms"][name] if columns else name
+        body.append([label, *(_with_ratio(cell) for cell in cells)])
+    body.append(["floor: weights read once", *(number(record.results["floor_ms"]) for record, _ in columns)])
+    return Table("Device time of a decode step", heads, body)
+
+
+def _with_ratio(cell: Json) -> str:
+    """A median in milliseconds, and the overhead over the whole graph with half the width of its interval."""
+    why = missing(cell)
+    if why is not None:
+        return why
+    ratio = cell.get("against_whole")
+    if ratio is None:
+        return f"{figure(cell)} ms"
+    return f"{figure(cell)} ms ({100 * ratio['overhead']:+.2f} ± {50 * (ratio['high'] - ratio['low']):.2f} %)"
 
 
 def _row(name: str, cell: Json) -> list[str]:
