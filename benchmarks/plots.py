@@ -31,7 +31,7 @@ def drawable() -> str | None:
     import importlib.util
 
     if importlib.util.find_spec("matplotlib") is None:
-        return "matplotlib is not installed: pip install djinn-fx[bench]"
+        return "matplotlib is not installed: pip install 'djinn-fx[bench]'"
     return None
 
 
@@ -57,6 +57,8 @@ def draw(picture: Picture, folder: Path, prefix: str = "") -> Path:
 
 
 def _lines(axes: Axes, picture: Picture) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     for index, (name, points) in enumerate(picture.series.items()):
         xs, ys = zip(*points, strict=True)
         axes.plot(xs, ys, marker="o", color=COLOURS[index % len(COLOURS)], label=name)
@@ -64,6 +66,8 @@ def _lines(axes: Axes, picture: Picture) -> None:
         axes.set_xscale("log", base=2)
         every = sorted({x for points in picture.series.values() for x, _ in points})
         axes.set_xticks(every, [number(float(x)) for x in every])
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if "y" in picture.log:
         axes.set_yscale("log")
     else:
@@ -87,8 +91,8 @@ def _bars(axes: Axes, picture: Picture) -> None:
     for name, value in picture.floor.items():
         axes.axvline(value, color="#444444", linestyle="--", linewidth=1.8)
         axes.annotate(
-            name, (value, 1), xycoords=("data", "axes fraction"), xytext=(5, -4),
-            textcoords="offset points", va="top", fontsize=12, color="#444444",
+            name, (value, 1), xycoords=("data", "axes fraction"), xytext=(0, 3),
+            textcoords="offset points", ha="center", va="bottom", fontsize=12, color="#444444",
         )  # fmt: skip
     axes.margins(x=0.15)
     axes.grid(True, axis="x", alpha=0.3)

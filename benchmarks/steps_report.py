@@ -18,7 +18,7 @@ def tables(record: Record) -> list[Table]:
 
 def _table(record: Record, rows: str, entry: Json) -> Table:
     results = record.results
-    title = f"Device time of a decode step, {rows} row{'s' if rows != '1' else ''}"
+    title = f"Device time of a decode step, {_in_words(rows)}"
     why = missing(entry)
     if why is not None:
         return Table(title, ["why"], [[why]])
@@ -29,10 +29,14 @@ def _table(record: Record, rows: str, entry: Json) -> Table:
     return Table(title, heads, body, _note(results, entry))
 
 
+def _in_words(rows: str) -> str:
+    return f"{rows} row{'s' if rows != '1' else ''}"
+
+
 def combined(records: Sequence[Record]) -> Table:
     """Several models in one table: each arm's milliseconds, and what it takes over the whole graph."""
     columns = [(record, rows) for record in records for rows in record.results["rows"]]
-    heads = ["graph", *(f"{r.options['model']}, {rows} row{'s' if rows != '1' else ''}" for r, rows in columns)]
+    heads = ["graph", *(f"{record.options['model']}, {_in_words(rows)}" for record, rows in columns)]
     body = []
     for name in ORDER:
         cells = [record.results["rows"][rows].get("arms", {}).get(name) for record, rows in columns]
@@ -93,7 +97,7 @@ def pictures(record: Record) -> list[Picture]:
             found.append(
                 Picture(
                     name=f"steps_{rows}",
-                    title=f"Device time of a decode step, {rows} rows ({record.options['model']})",
+                    title=f"Device time of a decode step, {_in_words(rows)} ({record.options['model']})",
                     kind="bars",
                     series={"graphs": bars},
                     x="ms",

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from djinn_fx._version import __version__
 from djinn_fx.cli_bench import bench
 from djinn_fx.errors import DjinnError
 
@@ -14,8 +15,18 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, help="Breakpoints 
 app.add_typer(bench, name="bench")
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"djinn-fx {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def main() -> None:
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
     """Breakpoints for compiled transformers."""
 
 

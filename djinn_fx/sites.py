@@ -182,7 +182,7 @@ class SiteTable:
             return f"this model has no site {name!r}: {reason}."
         index: dict[str, Site] = self._index  # type: ignore[attr-defined]
         near = difflib.get_close_matches(wanted, list(index), n=4, cutoff=0.5)
-        hint = f"nearest: {', '.join(near)}" if near else "dj.sites lists them all"
+        hint = f"nearest: {', '.join(near)}" if near else "dj.sites.names lists them all"
         layers = [site.layer for site in self.sites if site.layer is not None]
         span = f" (layers are 0 to {max(layers)})" if layers else ""
         return f"no site {name!r} in this model{span}; {hint}."

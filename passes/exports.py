@@ -59,7 +59,7 @@ class ExportCache:
         named = environment.get(VARIABLE)
         if named is not None:
             named = named.strip()
-            return None if named.lower() in ("", "off") else cls(Path(named).expanduser())
+            return None if named.lower() in ("", "off", "0", "no", "false") else cls(Path(named).expanduser())
         user = environment.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
         return cls(Path(user) / "djinn_fx" / "exports")
 

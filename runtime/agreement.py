@@ -91,7 +91,7 @@ class Agreements:
         """The variants that are compared once they are needed and made, in words."""
         missing = []
         for (shape, _), made in self._seen.items():
-            missing += [f"{describe(shape)}, {variant}" for variant in VARIANTS if variant not in made]
+            missing += [f"{describe(shape)} ({variant})" for variant in VARIANTS if variant not in made]
         return tuple(dict.fromkeys(missing))
 
     @torch.no_grad()

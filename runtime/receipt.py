@@ -92,7 +92,7 @@ class Receipt:
             size = f", worst {check.worst:.2e} of {check.tolerance:.2e}" if check.tolerance else ""
             lines.append(f"  {check.name}: {check.verdict}{size}")
         if self.pending:
-            lines.append(f"  not needed so far: {', '.join(self.pending)}")
+            lines.append(f"  compared when first needed: {'; '.join(self.pending)}")
         return "\n".join(lines)
 
 

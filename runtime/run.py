@@ -270,9 +270,11 @@ class Run:
         if flight is not None and flight.step.start <= position < flight.step.stop:
             return len(journal)
         reached = flight.step.stop if flight is not None else self.session.length
+        if reached <= self.begin:
+            raise InvalidValue(f"rewind(position={position}): this run has computed nothing yet; advance it first.")
         raise InvalidValue(
             f"rewind(position={position}): this run covers positions {self.begin} to "
-            f"{max(self.begin, reached - 1)} so far; positions are absolute and 0-based."
+            f"{reached - 1} so far; positions are absolute and 0-based."
         )
 
     def fork(self, n: int, seeds: Sequence[int] | None) -> list[Stop]:

@@ -80,7 +80,7 @@ class NNsightPeer:
 
     def available(self, loaded: Loaded) -> str | None:
         """If it is installed."""
-        return not_installed("nnsight", "pip install djinn-fx[peers]")
+        return not_installed("nnsight", "pip install 'djinn-fx[peers]'")
 
     def refusal(self, work: Work) -> str | None:
         """Nothing that a trace could not do."""

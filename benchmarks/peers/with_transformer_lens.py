@@ -92,7 +92,7 @@ class LensPeer:
         kind = loaded.model.config.model_type
         if kind not in KINDS:
             return f"this module does not know how to name the architecture {kind!r} to it"
-        return not_installed("transformer_lens", "pip install djinn-fx[peers]")
+        return not_installed("transformer_lens", "pip install 'djinn-fx[peers]'")
 
     def refusal(self, work: Work) -> str | None:
         """Nothing that a hook could not do."""

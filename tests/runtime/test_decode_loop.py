@@ -272,7 +272,7 @@ def test_variants_are_compared_when_they_are_made() -> None:
         with dj.session() as s:
             s.generate(prompt(5), max_new_tokens=3).result()
             s.generate(prompt(5), max_new_tokens=3, capture=["resid_post.0"]).result()
-            assert "decode of 1 row, rank" in dj.receipt.pending  # type: ignore[union-attr]
+            assert "decode of 1 row (rank)" in dj.receipt.pending  # type: ignore[union-attr]
             s.steer("resid_post.0", ablate=direction(1))
             s.generate(prompt(5), max_new_tokens=3).result()
         dj.generate([prompt(5), prompt(6)], max_new_tokens=3)
@@ -288,7 +288,7 @@ def test_variants_are_compared_when_they_are_made() -> None:
             "prompt chunk of 16: plain = rank",
         ):
             assert wanted in names, names
-        assert "not needed so far" in str(after)
+        assert "compared when first needed" in str(after)
 
 
 def test_a_compiler_that_makes_something_else_is_refused() -> None:
