@@ -60,12 +60,13 @@ class Dj(Looking):
         store = CaptureStore()
         table = discover(source, store, exports)
         arena = KVArena(source.kv, options.max_sessions, options.max_length, source.dtype, source.device)
-        programs = ProgramCache(partial(_build, source, store, exports, options.edit_rank, arena, lowering, cuts))
+        guard = WeightGuard(model)
+        building = partial(_build, guard, source, store, exports, options.edit_rank, arena)
+        programs = ProgramCache(partial(building, lowering, cuts))
         if backend == "inductor":
             programs.agreements = Agreements(
                 arena, source.dtype, source.device, options.edit_rank, source.vocab_size or 2
             )
-        guard = WeightGuard(model)
         self._receipt: Receipt | None = None
         self.engine = Engine(
             programs=programs,
@@ -79,7 +80,7 @@ class Dj(Looking):
             guard=guard.check,
             identity=Identity(guard.tensors, dict(source.config), source.model_type, _build_choices(source, backend)),
         )
-        eager = partial(_build, source, store, exports, options.edit_rank, arena, lower_eager, "sites")
+        eager = partial(building, lower_eager, "sites")
         self.observer = Observer(
             ProgramCache(eager),
             table,
@@ -305,6 +306,7 @@ class Dj(Looking):
 
 
 def _build(
+    guard: WeightGuard,
     source: Source,
     store: CaptureStore,
     exports: ExportCache | None,
@@ -316,6 +318,7 @@ def _build(
     variant: Variant,
     sites: Sequence[Site],
 ) -> Program:
+    guard.check()  # a program that is made in the middle of a run must read what the others read
     return build(
         source,
         shape,

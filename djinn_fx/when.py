@@ -29,6 +29,13 @@ def _flat(values: torch.Tensor) -> torch.Tensor:
     return values.reshape(values.shape[0], -1).float()
 
 
+def _direction(vector: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
+    """A predicate's vector in fp32, beside the values it is held against: of just their width, or it is refused."""
+    if vector.shape != flat.shape[1:]:
+        raise ValueError(f"its vector has shape {tuple(vector.shape)}, the values have width {flat.shape[1]}")
+    return vector.to(flat.device, torch.float32)
+
+
 @dataclass(frozen=True)
 class NormAbove(BuiltIn):
     """True where the Euclidean norm of the activation, in fp32, exceeds ``limit``."""
@@ -49,7 +56,8 @@ class Probe(BuiltIn):
 
     def rows(self, values: torch.Tensor) -> torch.Tensor:
         """Evaluate on ``[positions, ...]``: bool ``[positions]``."""
-        return torch.gt((self.w.to(values.device, torch.float32) * _flat(values)).sum(1) + self.b, 0)
+        flat = _flat(values)
+        return torch.gt((_direction(self.w, flat) * flat).sum(1) + self.b, 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +69,8 @@ class CosineAbove(BuiltIn):
 
     def rows(self, values: torch.Tensor) -> torch.Tensor:
         """Evaluate on ``[positions, ...]``: bool ``[positions]``."""
-        d, flat = self.d.to(values.device, torch.float32), _flat(values)
+        flat = _flat(values)
+        d = _direction(self.d, flat)
         norms = torch.linalg.vector_norm(flat, dim=1)
         return torch.gt((d * flat).sum(1), self.limit * torch.linalg.vector_norm(d) * norms)
 

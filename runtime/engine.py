@@ -158,7 +158,7 @@ class Engine:
     def forget(self, session: Session) -> None:
         """Drop a closing session: its row is zeroed and free again."""
         if session.resident:
-            self.arena.release(session.row)
+            self._vacate(session.row)
         session.host = None
         self.sessions.remove(session)
 
@@ -170,7 +170,13 @@ class Engine:
         """
         if session.resident:
             session.host = self.transfer.send(session.row, session.extent).parked
-            self.arena.release(session.row)
+            self._vacate(session.row)
+
+    def _vacate(self, row: int) -> None:
+        """Zero a row and give it back. What a step launched ahead wrote there is gone, so it cannot serve any more."""
+        if self._loop is not None:
+            self._loop.drop()
+        self.arena.release(row)
 
     def bring_back(self, session: Session) -> None:
         """Give an offloaded session a row again and its KV back; on CUDA that is only begun.
@@ -183,7 +189,7 @@ class Engine:
             try:
                 self.transfer.receive(session.host, row)
             except BaseException:
-                self.arena.release(row)
+                self._vacate(row)
                 raise
             session.row, session.host = row, None
             flight = None if session.run is None else session.run.flight

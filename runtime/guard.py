@@ -10,12 +10,21 @@ from torch import nn
 
 from djinn_fx.errors import CaptureError
 
+#: Where a module keeps what it consists of.
+_TABLES = ("_parameters", "_buffers", "_modules")
+
+_NOTHING = object()
+
 
 @dataclass(frozen=True)
 class _Seen:
     tensor: torch.Tensor
     place: int
-    dtype: torch.dtype
+    form: tuple[torch.dtype, torch.Size, tuple[int, ...]]
+
+    def unmoved(self) -> bool:
+        """Whether the tensor lies where it lay, in the same form."""
+        return self.tensor.data_ptr() == self.place and _form(self.tensor) == self.form
 
 
 class WeightGuard:
@@ -23,10 +32,12 @@ class WeightGuard:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._seen = {name: _Seen(t, t.data_ptr(), t.dtype) for name, t in _tensors(model).items()}
-        tables = [table for each in model.modules() for table in (each._parameters, each._buffers, each._modules)]
+        self._seen = {name: _Seen(t, t.data_ptr(), _form(t)) for name, t in _tensors(model).items()}
         self._all = tuple(self._seen.values())
-        self._tables = tuple((table, tuple(table.items())) for table in tables)
+        self._tables = tuple(
+            (each, tuple((name, getattr(each, name), tuple(getattr(each, name).items())) for name in _TABLES))
+            for each in model.modules()
+        )
 
     @property
     def tensors(self) -> Mapping[str, torch.Tensor]:
@@ -44,12 +55,7 @@ class WeightGuard:
         now = _tensors(self._model)
         for name in self._seen.keys() | now.keys():
             seen, tensor = self._seen.get(name), now.get(name)
-            if (
-                seen is None
-                or tensor is not seen.tensor
-                or tensor.data_ptr() != seen.place
-                or tensor.dtype != seen.dtype
-            ):
+            if seen is None or tensor is not seen.tensor or not seen.unmoved():
                 raise CaptureError(
                     f"parameter or buffer {name!r} was moved or replaced since djinn.compile. The compiled program "
                     "reads the old one, so it would run wrong: call djinn.compile again. (Changes in place, such as "
@@ -61,11 +67,20 @@ class WeightGuard:
 
         It is asked at every call: a look at each entry, since walking the names takes ten times as long.
         """
-        for table, items in self._tables:
-            if len(table) != len(items) or any(table.get(name) is not value for name, value in items):
-                return False
-        return all(seen.tensor.data_ptr() == seen.place and seen.tensor.dtype is seen.dtype for seen in self._all)
+        for module, tables in self._tables:
+            for attribute, table, items in tables:
+                if getattr(module, attribute) is not table or len(table) != len(items):
+                    return False
+                if any(table.get(name, _NOTHING) is not value for name, value in items):
+                    return False
+        return all(seen.unmoved() for seen in self._all)
+
+
+def _form(tensor: torch.Tensor) -> tuple[torch.dtype, torch.Size, tuple[int, ...]]:
+    return tensor.dtype, tensor.shape, tensor.stride()
 
 
 def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    """Every parameter and buffer under every name it has: one that is tied has several."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return {**parameters, **dict(model.named_buffers(remove_duplicate=False))}

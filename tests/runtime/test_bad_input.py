@@ -39,7 +39,11 @@ SITES: dict[str, Case] = {
         r"no site 'resid_post.7' in this model \(layers are 0 to 1\); nearest: resid_post\.",
     ),
     "spelling": (lambda dj, s: s.steer("resid_pots.0", scale=2.0), djinn.UnknownSite, "nearest: resid_post.0"),
-    "nonsense": (lambda dj, s: dj.run_with_cache([3], "%"), djinn.UnknownSite, "no site '%'.*dj.sites lists them all"),
+    "nonsense": (
+        lambda dj, s: dj.run_with_cache([3], "%"),
+        djinn.UnknownSite,
+        "no site '%'.*dj.sites.names lists them all",
+    ),
     "glob": (lambda dj, s: begin(s, "attn_zz.*"), djinn.UnknownSite, "no site 'attn_zz.*'"),
     "lens": (lambda dj, s: dj.sites.get("blocks.9.hook_q"), djinn.UnknownSite, "no site 'blocks.9.hook_q'"),
     "hook": (lambda dj, s: dj.run_with_hooks([3], [("nope", print)]), djinn.UnknownSite, "no site 'nope'"),
@@ -226,6 +230,8 @@ def test_moved_and_replaced_parameters_are_refused() -> None:
         lambda: setattr(head, "weight", torch.nn.Parameter(kept.detach().clone())),
         lambda: head.register_buffer("extra", torch.zeros(1)),
         lambda: head.double(),
+        lambda: setattr(kept, "data", kept.data.t()),
+        lambda: head.__dict__.update(_parameters={**head._parameters, "weight": torch.nn.Parameter(kept.detach() * 2)}),
     ):
         storage = kept.data
         with dj.session() as s, dj.session() as free:
