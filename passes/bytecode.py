@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dis
 import functools
 import hashlib
+import itertools
 import os
 import sys
 import sysconfig
@@ -32,6 +34,22 @@ _FOLDERS: tuple[tuple[str, Origin], ...] = (
 )
 _STANDARD = os.path.realpath(sysconfig.get_paths()["stdlib"]) + os.sep
 _INSTALLED = ("site-packages", "dist-packages")
+#: Packages that transformers calls where nobody patched it; others reach its code as patches.
+_COMPANIONS = frozenset(
+    """
+    PIL accelerate bitsandbytes causal_conv1d deepspeed einops filelock fla flash_attn flash_attn_interface httpx
+    huggingface_hub kernels mamba_ssm numpy packaging pydantic regex requests safetensors scipy timm tokenizers
+    torchvision tqdm typing_extensions.py yaml
+    """.split()  # noqa: SIM905 - a table to be read, not a list
+)
+#: Names by which code reaches what no description follows: variables by computed names, the environment, files.
+_UNSEEN = frozenset(
+    """
+    __builtins__ __dict__ __getattribute__ __globals__ __import__ _getframe attrgetter compile currentframe delattr
+    environ environb eval exec f_back f_globals f_locals fromfile getattr getattr_static getenv getenvb getmembers
+    globals import_module input load load_file loads locals methodcaller open read_bytes read_text reload setattr vars
+    """.split()  # noqa: SIM905 - a table to be read, not a list
+)
 
 
 @functools.cache
@@ -44,6 +62,26 @@ def origin_of(file: str) -> Origin:
     if any(part in path for part in _INSTALLED):
         return "installed"
     return "library" if path.startswith(_STANDARD) or file.startswith("<frozen") else "user"
+
+
+@functools.cache
+def is_foreign(file: str) -> bool:
+    """Whether code in a file is the user's or of a package that transformers does not call by itself."""
+    if origin_of(file) != "installed":
+        return origin_of(file) == "user"
+    parts = os.path.realpath(file).split(os.sep)
+    return not any(one in _INSTALLED and two in _COMPANIONS for one, two in itertools.pairwise(parts))
+
+
+def origin_of_module(module: types.ModuleType) -> Origin:
+    """Whose module it is, by its file or, for modules of C, by its name."""
+    file = vars(module).get("__file__")
+    if isinstance(file, str):
+        return origin_of(file)
+    root = str(vars(module).get("__name__")).partition(".")[0]
+    if root in sys.stdlib_module_names:
+        return "library"
+    return "torch" if root == "torch" else "user"
 
 
 def origin_of_class(kind: type) -> Origin:
@@ -80,6 +118,14 @@ def names_in(code: types.CodeType) -> Iterator[str]:
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             yield from names_in(constant)
+
+
+def unseen_in(code: types.CodeType) -> str | None:
+    """What code, inner functions included, uses that no description of what it names would follow; None if nothing."""
+    if any(instruction.opname == "IMPORT_NAME" for instruction in dis.get_instructions(code)):
+        return "an import"
+    inner = (unseen_in(each) for each in code.co_consts if isinstance(each, types.CodeType))
+    return next((name for name in code.co_names if name in _UNSEEN), None) or next(filter(None, inner), None)
 
 
 def words_in(code: types.CodeType) -> Iterator[str]:

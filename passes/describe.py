@@ -3,8 +3,9 @@
 Tracing a model runs its Python code, so a key must change when that code does: a patched helper, a patched class, a
 ``forward`` set on one instance. :class:`Describer` walks from a value through attributes, closures and the globals
 that functions name. Code of torch is described by its bytecode and the functions that it wraps, that of transformers
-and of the user with all that it calls. What cannot be described faithfully raises :class:`Unfaithful`; whoever wants
-a key does without. What libraries load or patch at first use is left out where it does not act on the model.
+and of the user with all that it calls, the user's with all that it reads through modules too. What cannot be
+described faithfully raises :class:`Unfaithful`; whoever wants a key does without. What libraries load or patch at
+first use is left out where it does not act on the model.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import collections
 import enum
 import hashlib
 import logging
-import sys
 import types
 from collections.abc import Mapping
 from typing import Any
@@ -23,8 +23,26 @@ import torch
 from torch import nn
 from transformers.utils.generic import GeneralInterface
 
-from djinn_fx.passes.bytecode import digest_of, names_in, origin_of, origin_of_class, words_in
-from djinn_fx.passes.parts import found_in, held_by, members_of, parts_of, slots_of
+from djinn_fx.passes.bytecode import (
+    digest_of,
+    is_foreign,
+    names_in,
+    origin_of,
+    origin_of_class,
+    origin_of_module,
+    unseen_in,
+    words_in,
+)
+from djinn_fx.passes.parts import (
+    BUILT_IN,
+    held_by,
+    is_strange,
+    is_unseen,
+    members_of,
+    parts_of,
+    read_from,
+    slots_of,
+)
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, range, slice, type(Ellipsis), type(NotImplemented))
 _TORCH_PLAIN = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)
@@ -86,6 +104,8 @@ class Describer:
         self._steps += 1
         if self._steps > MOST_STEPS:
             raise Unfaithful("there is too much to describe")
+        if strict and is_unseen(value):
+            raise Unfaithful(f"{value!r}"[:80])
         kind = type(value)
         if kind in _PLAIN or kind in _TORCH_PLAIN:
             self.say(kind.__name__, repr(value))
@@ -95,6 +115,8 @@ class Describer:
             self._tensor(value, strict)
         elif isinstance(value, type):
             self.type(value, strict=strict)
+        elif isinstance(value, types.ModuleType) and is_strange(value):
+            raise Unfaithful(f"the module {value.__name__}, of which anything may be read")
         elif isinstance(value, _OPAQUE) or kind.__module__ == "typing":
             self.say(kind.__name__, getattr(value, "name", None) or getattr(value, "__name__", ""))
         elif kind in _OPEN:
@@ -163,7 +185,7 @@ class Describer:
         """An object by its class and its attributes."""
         kind = type(value)
         self.say("object", kind.__module__, kind.__qualname__)
-        if not strict:
+        if not strict and origin_of_class(kind) != "user":
             return
         if isinstance(value, nn.Module) and (value._forward_hooks or value._forward_pre_hooks):
             raise Unfaithful(f"a {kind.__qualname__} that has hooks")
@@ -206,25 +228,33 @@ class Describer:
         """Describe a function by its code and, unless a version says it all, by what it holds and names.
 
         Raises:
-            Unfaithful: it is the user's, and something that it names cannot be described.
+            Unfaithful: it is the user's, and something that it names or may reach otherwise cannot be described.
         """
         code = function.__code__
         origin = origin_of(code.co_filename)
+        strict = strict or is_foreign(code.co_filename)
         self.say("function", function.__module__, function.__qualname__, digest_of(code))
         if origin in ("torch", "library") or (origin == "installed" and not strict):
             for part in held_by(function):
                 self.value(part, strict=strict)
             return
         strict = origin != "transformers"
+        if strict and (unseen := unseen_in(code)) is not None:
+            raise Unfaithful(f"{function.__qualname__}, which uses {unseen}")
+        names, words = tuple(dict.fromkeys(names_in(code))), frozenset(words_in(code))
+        read = tuple(dict.fromkeys((*names, *sorted(words)))) if strict else names
         self.value((function.__defaults__, function.__kwdefaults__, function.__dict__), strict=strict)
         for cell in function.__closure__ or ():
             try:
-                self.value(cell.cell_contents, strict=strict)
+                self._global(cell.cell_contents, read, strict)
             except ValueError:
                 self.say("empty cell")
-        names, words = tuple(dict.fromkeys(names_in(code))), frozenset(words_in(code))
         for name in names:
-            if name in function.__globals__ and name not in vars(builtins):
+            usual = vars(builtins).get(name)
+            if name not in function.__globals__:
+                if usual is not None:
+                    self.value(usual, strict=strict)
+            elif function.__globals__[name] is not usual and not (name.startswith("__") and name in vars(builtins)):
                 home = str(function.__globals__.get("__name__"))
                 registry = not strict and not home.startswith(_MODELS)
                 found = function.__globals__[name]
@@ -234,19 +264,29 @@ class Describer:
                 elif isinstance(found, GeneralInterface):
                     self._interface(found, strict, words)
                 else:
-                    self._global(found, names, strict)
+                    self._global(found, read, strict)
 
     def _global(self, found: Any, names: tuple[str, ...], strict: bool) -> None:
         """Something that a function reads by name; of a module, what else the function may read of it."""
-        if not isinstance(found, types.ModuleType):
-            return self.value(found, strict=strict)
-        self.say(found.__name__)
-        if found.__name__.partition(".")[0] not in sys.stdlib_module_names:
-            for each in names:
-                inner = found_in(found, each)
-                if isinstance(inner, (types.FunctionType, type)):
-                    self.value(inner, strict=strict)
-        return None
+        if isinstance(found, types.ModuleType):
+            return self._module(found, names, strict, set())
+        return self.value(found, strict=strict)
+
+    def _module(self, module: types.ModuleType, names: tuple[str, ...], strict: bool, passed: set[int]) -> None:
+        """What a function may read of a module and those within it: for the user's functions whatever it is.
+
+        Of what others read, only code.
+        """
+        passed.add(id(module))
+        self.say(module.__name__)
+        origin, strict = origin_of_module(module), strict or is_strange(module)
+        for name, inner in read_from(module, names):
+            if isinstance(inner, types.ModuleType):
+                if strict and id(inner) not in passed and not type(inner).__module__.startswith("torch."):
+                    self._module(inner, names, strict, passed)
+            elif strict or (callable(inner) and (origin != "library" or isinstance(inner, BUILT_IN))):
+                self.say("of a module", name)
+                self.value(inner, strict=strict)
 
     def _interface(self, interface: GeneralInterface, strict: bool, words: frozenset[str] = frozenset()) -> None:
         """A table of transformers from which a model takes functions by name: those that this one may take.
@@ -273,6 +313,8 @@ class Describer:
         Raises:
             Unfaithful: it is the user's, and holds something that cannot be described.
         """
+        if origin_of_class(type(kind)) in ("user", "installed") and (strict or origin_of_class(type(kind)) == "user"):
+            self.type(type(kind))
         for each in kind.__mro__:
             self.say("class", each.__module__, each.__qualname__)
             origin = "library" if each.__module__ == "builtins" else origin_of_class(each)
@@ -294,9 +336,11 @@ class Describer:
         elif deep:
             self.value(value, strict=strict)
         elif isinstance(value, types.FunctionType):
-            patched = origin_of(value.__code__.co_filename) == "user"
+            patched = is_foreign(value.__code__.co_filename)
             self.function(value) if patched else self.say(value.__qualname__, digest_of(value.__code__))
         elif isinstance(value, (dict, list, set)):
             self.say("registry")
-        elif isinstance(value, (*_PLAIN, tuple)):
+        elif isinstance(value, (*_PLAIN, tuple, *BUILT_IN)):
             self.value(value, strict=False)
+        elif callable(value) and not isinstance(value, type):
+            self.value(value)

@@ -1,9 +1,9 @@
 """Captured graphs on disk, so that a second process need not export again.
 
 One file per graph, named by its key (:mod:`djinn_fx.passes.identity`): safetensors that hold the document of
-:mod:`djinn_fx.passes.codec`, the constants made by tracing, and a checksum of both. Files appear whole or not at all,
-so any number of processes may share a folder. A cache is never in the way: what cannot be read is exported again, and
-what cannot be written is not kept.
+:mod:`djinn_fx.passes.codec`, the constants made by tracing, and a checksum of both and of the key. Files appear whole
+or not at all, so any number of processes may share a folder. A cache is never in the way: what cannot be read is
+exported again, and what cannot be written is not kept.
 """
 
 from __future__ import annotations
@@ -54,12 +54,18 @@ class ExportCache:
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> ExportCache | None:
         """The cache that the environment asks for; None where it is switched off.
 
-        ``DJINN_CACHE_DIR`` names the folder; by default it lies in the user's cache folder.
+        ``DJINN_CACHE_DIR`` names the folder; by default it lies in the user's cache folder. A folder in the home of
+        a user that there is not is none.
         """
         named = environment.get(VARIABLE)
         if named is not None:
             named = named.strip()
-            return None if named.lower() in ("", "off", "0", "no", "false") else cls(Path(named).expanduser())
+            if named.lower() in ("", "off", "0", "no", "false"):
+                return None
+            try:
+                return cls(Path(named).expanduser())
+            except RuntimeError:  # the home of nobody
+                return None
         user = environment.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
         return cls(Path(user) / "djinn_fx" / "exports")
 
@@ -69,7 +75,7 @@ class ExportCache:
         try:
             tensors = load(path.read_bytes())
             checksum = tensors.pop(_CHECKSUM)
-            if not torch.equal(checksum, _checksum(tensors)):
+            if not torch.equal(checksum, _checksum(key, tensors)):
                 return None
             document = tensors.pop(_DOCUMENT)
             found = decode(json.loads(zlib.decompress(document.numpy().tobytes())), tensors, clone)
@@ -85,7 +91,7 @@ class ExportCache:
             document, constants = encode(captured, clone)
             packed = zlib.compress(json.dumps(document, separators=(",", ":")).encode(), 1)
             tensors = {**constants, _DOCUMENT: torch.frombuffer(bytearray(packed), dtype=torch.uint8)}
-            content = save({**tensors, _CHECKSUM: _checksum(tensors)})
+            content = save({**tensors, _CHECKSUM: _checksum(key, tensors)})
         except Exception:  # a graph that has no form here is exported anew in each process, as without a cache
             return False
         try:
@@ -123,9 +129,9 @@ class ExportCache:
                 path.unlink()
 
 
-def _checksum(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """A sha256 of names, forms and bytes, uint8 ``[32]``."""
-    digest = hashlib.sha256()
+def _checksum(key: str, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """A sha256 of the key and of names, forms and bytes, uint8 ``[32]``: a file under another's name is unsound."""
+    digest = hashlib.sha256(f"{key}\n".encode())
     for name, tensor in sorted(tensors.items()):
         content: Any = tensor.reshape(-1).view(torch.uint8).numpy()
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())

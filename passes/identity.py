@@ -6,6 +6,8 @@ import hashlib
 import platform
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 import transformers
@@ -16,6 +18,7 @@ from djinn_fx import program, sites, specs
 from djinn_fx._version import __version__
 from djinn_fx.kernels import ops, signatures
 from djinn_fx.passes.describe import Describer, Unfaithful
+from djinn_fx.passes.parts import BUILT_IN
 from djinn_fx.passes.source import Source
 from djinn_fx.specs import ProgramShape
 
@@ -27,6 +30,11 @@ _IDLE = frozenset(
     _parameters _buffers _modules _state_dict_hooks _state_dict_pre_hooks _load_state_dict_pre_hooks
     _load_state_dict_post_hooks generation_config
     """.split()  # noqa: SIM905 - a table to be read, not a list
+)
+#: Where models look for ops.
+_NAMESPACES: tuple[Any, ...] = (
+    *(torch, torch.nn.functional, torch.Tensor, torch_module),
+    *(torch.special, torch.linalg, torch.fft, torch._C._nn),
 )
 #: Sources that decide what a captured graph is, beside the model's own.
 _SOURCES = (
@@ -76,12 +84,20 @@ def _describe_process(describer: Describer, device: torch.device) -> None:
     describer.say(torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled())
     if device.type == "cuda":
         describer.say(torch.cuda.get_device_capability(device), torch.version.cuda)
-    for namespace in (torch, torch.nn.functional, torch.Tensor, torch_module):
-        describer.attributes({name: each for name, each in vars(namespace).items() if _is_code(each)})
+    for number, namespace in enumerate(_NAMESPACES):
+        describer.say("namespace", number)
+        classes = {name: each for name, each in vars(namespace).items() if isinstance(each, type)}
+        for name, kind in sorted(classes.items()):
+            describer.say(name, kind.__module__, kind.__qualname__)
+        found = {name: each for name, each in vars(namespace).items() if name not in classes and _is_code(each)}
+        describer.attributes(found)
 
 
 def _is_code(value: object) -> bool:
-    return isinstance(value, type(_is_code))
+    """Whether a member of a namespace acts when an op is called, be it a function, of C or a thing like one."""
+    if isinstance(value, ModuleType):
+        return False
+    return callable(value) or isinstance(value, (*BUILT_IN, property, staticmethod, classmethod))
 
 
 def _describe_tensors(describer: Describer, clone: nn.Module) -> None:

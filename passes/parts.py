@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import builtins
 import functools
+import importlib
+import inspect
+import operator
 import os
 import re
+import sys
 import types
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from djinn_fx.passes.bytecode import origin_of
+from djinn_fx.passes.bytecode import is_foreign, origin_of, origin_of_module
 
 #: What a class's body holds beside its members.
 _CLASS_ONLY = frozenset(
@@ -25,7 +31,8 @@ _CLASS_ONLY = frozenset(
 #: Methods of ``nn.Module`` that Dynamo wraps when it first compiles, and one that transformers adds when it first
 #: initialises a model. They make modules; none acts in a forward pass.
 _LEFT_BEHIND = frozenset({"__init__", "__setstate__", "smart_apply"})
-_BUILT_IN = (
+#: Functions of C and the like, of which the name is enough.
+BUILT_IN = (
     types.BuiltinFunctionType,
     types.MethodDescriptorType,
     types.WrapperDescriptorType,
@@ -34,6 +41,14 @@ _BUILT_IN = (
     types.GetSetDescriptorType,
     types.MemberDescriptorType,
 )
+#: What reads variables by computed names, the environment or files, whatever name it goes by.
+_READERS = (
+    *(builtins.compile, builtins.delattr, builtins.eval, builtins.exec, builtins.getattr, builtins.globals),
+    *(builtins.input, builtins.locals, builtins.open, builtins.setattr, builtins.vars, builtins.__import__),
+    *(os.environ, os.environb, os.getenv, os.getenvb, importlib.import_module, importlib.reload, sys._getframe),
+    *(operator.attrgetter, operator.methodcaller, inspect.currentframe, inspect.getattr_static, inspect.getmembers),
+)
+_UNSEEN = frozenset(map(id, _READERS))
 _CALLABLE = (types.FunctionType, types.MethodType, functools.partial)
 _DYNAMO = os.path.join(os.path.dirname(os.path.realpath(str(torch.__file__))), "_dynamo") + os.sep
 
@@ -56,9 +71,10 @@ def parts_of(value: Any) -> tuple[Any, ...] | None:
         return (value.qualified_name, value.code)
     if isinstance(value, re.Pattern):
         return (value.pattern, value.flags)
-    if isinstance(value, _BUILT_IN):
+    if isinstance(value, BUILT_IN):
         owner = getattr(value, "__self__", None)
-        bound = None if isinstance(owner, (types.ModuleType, type)) else owner
+        nobody = isinstance(owner, (types.ModuleType, type)) or type(owner).__module__ == "pybind11_builtins"
+        bound = None if nobody or type(owner).__name__ == "PyCapsule" else owner
         return (getattr(value, "__module__", None), value.__qualname__, bound)
     if callable(value) and isinstance(vars(type(value)).get("__call__"), types.WrapperDescriptorType):
         return (value.__wrapped__,) if hasattr(value, "__wrapped__") else None  # functools.lru_cache
@@ -111,11 +127,31 @@ def _file_of(function: Any) -> str:
     return code.co_filename if isinstance(code, types.CodeType) else ""
 
 
-def found_in(module: types.ModuleType, name: str) -> object:
-    """What a module holds by a name, which some modules load only when they are asked for it; None if nothing."""
-    if name not in vars(module) and type(module) is not types.ModuleType and name in dir(module):
-        try:
-            return getattr(module, name)
-        except Exception:  # what it needs is not installed
-            return None
-    return vars(module).get(name)
+def is_unseen(value: object) -> bool:
+    """Whether a value gives code what no description of that code would follow."""
+    return id(value) in _UNSEEN
+
+
+def is_strange(module: types.ModuleType) -> bool:
+    """Whether a module is the user's or of a package that transformers does not call by itself."""
+    if origin_of_module(module) != "installed":
+        return origin_of_module(module) == "user"
+    return is_foreign(vars(module)["__file__"])
+
+
+def read_from(module: types.ModuleType, names: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+    """What a module holds by names. Some modules load it, or make it up, only when they are asked for it."""
+    own = origin_of_module(module) in ("user", "installed")
+    lazy = type(module) is not types.ModuleType or "__getattr__" in vars(module)
+    known = () if own or not lazy or type(module) is types.ModuleType else dir(module)
+    for name in names:
+        if name in vars(module):
+            yield name, vars(module)[name]
+        elif (lazy and own) or name in known:
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    found = getattr(module, name)
+            except Exception:  # there is no such thing, or what it needs is not installed
+                continue
+            yield name, found

@@ -227,7 +227,7 @@ class Engine:
         known, most = len(session.token_list), self.options.max_length
         if known > most or (known == most and prompt):
             raise CapacityError(
-                f"this session is full: it holds {known} tokens, and keys and values of {most} at most (max_length). "
+                f"this session is full: it holds {known} tokens, and keys and values of max_length={most} at most. "
                 "Begin another, or compile with a larger max_length."
             )
         if len(prompt) > most - known:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
+import operator
 import os
+import sys
 import types
 from collections.abc import Callable
 from types import MethodType
@@ -15,7 +18,7 @@ from torch import nn
 from transformers.models.llama import modeling_llama
 
 from djinn_fx.passes import identity
-from djinn_fx.passes.bytecode import digest_of, origin_of
+from djinn_fx.passes.bytecode import digest_of, is_foreign, origin_of
 from djinn_fx.passes.describe import Describer, Unfaithful
 
 
@@ -94,3 +97,105 @@ def test_code_is_told_apart_by_what_it_does() -> None:
     files = (torch.__file__, modeling_llama.__file__, identity.__file__, pytest.__file__, os.__file__, __file__)
     wanted = ["torch", "transformers", "library", "installed", "library", "user"]
     assert [origin_of(file) for file in files] == wanted
+
+
+class Settings:
+    """Read as an attribute of a module's attribute."""
+
+    scale = 1.0
+
+
+def consts(**held: Any) -> types.ModuleType:
+    """A module of the user's."""
+    module = types.ModuleType("consts")
+    vars(module).update(
+        {"SCALE": 1.0, "CFG": Plain(1.0), "TABLE": {"s": [1.0]}, "NOTHING": None, "S": Settings, **held}
+    )
+    return module
+
+
+def reader(text: str, **space: Any) -> Any:
+    """A function of the user's that returns what ``text`` says."""
+    exec(compile(f"def f(x): return {text}", "<some file>", "exec"), space)
+    return space["f"]
+
+
+@pytest.mark.parametrize(
+    ("text", "held"),
+    [
+        ("consts.SCALE * x", {"SCALE": 2.0}),
+        ("consts.SCALE * x", {"SCALE": True}),
+        ("consts.CFG.held", {"CFG": Plain(2.0)}),
+        ("consts.TABLE['s'][0]", {"TABLE": {"s": [2.0]}}),
+        ("consts.NOTHING", {"NOTHING": "x"}),
+        ("consts.S.scale", {"S": type("S", (), {"scale": 2.0})}),
+        ("consts.inner.SCALE", {"inner": consts(SCALE=2.0)}),
+        ("[consts.SCALE for _ in x]", {"SCALE": 2.0}),
+    ],
+)
+def test_what_is_read_through_a_module_is_described(text: str, held: dict[str, Any]) -> None:
+    before = described(reader(text, consts=consts(inner=consts())))
+    assert before == described(reader(text, consts=consts(inner=consts())))
+    assert before != described(reader(text, consts=consts(**{"inner": consts(), **held})))
+
+
+def test_modules_are_read_wherever_they_are_held() -> None:
+    """In closures as among globals; another module's lists; made up when asked for; from nowhere else."""
+
+    def closed(module: Any) -> Any:
+        return lambda x: x * module.SCALE
+
+    assert described(closed(consts())) == described(closed(consts())) != described(closed(consts(SCALE=2.0)))
+    made = [consts(__getattr__=lambda name, value=value: value) for value in (1.0, 2.0)]
+    assert described(reader("m.MADE", m=made[0])) != described(reader("m.MADE", m=made[1]))
+    assert described(reader("sum(x)")) != described(reader("sum(x)", sum=lambda x: x))
+    for value in (Plain(consts()), [consts()]):
+        with pytest.raises(Unfaithful, match="module consts"):
+            described(value)
+    with pytest.raises(Unfaithful, match="tensor"):
+        described(reader("m.T", m=consts(T=torch.zeros(1))))
+    assert described(reader("m.nn.functional.silu(x)", m=torch)) == described(
+        reader("m.nn.functional.silu(x)", m=torch)
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "getattr(consts, 'SCALE')",
+            "globals()['G']",
+            "eval('G')",
+            "vars(consts)['SCALE']",
+            "consts.__dict__['SCALE']",
+        ),
+        *("float(os.environ.get('SCALE'))", "os.getenv('SCALE')", "env['SCALE']", "get('SCALE')", "[read(x, 'G')]"),
+        *("__import__('consts').SCALE", "load_module('consts').SCALE", "open('scale').read()", "take('SCALE')(consts)"),
+        *("sys.modules['consts'].SCALE", "(lambda: getattr(consts, 'SCALE'))()"),
+    ],
+)
+def test_code_that_reads_what_it_does_not_name_has_no_description(text: str) -> None:
+    names = {"env": os.environ, "get": os.getenv, "read": getattr, "take": operator.attrgetter}
+    space = {"os": os, "sys": sys, "consts": consts(), "G": 1, "load_module": importlib.import_module, **names}
+    with pytest.raises(Unfaithful):
+        described(reader(text, **space))
+
+
+def test_code_that_imports_has_no_description() -> None:
+    space: dict[str, Any] = {}
+    text = "def f(x):\n    from consts import SCALE\n    return x * SCALE\ndef g(x): return f(x)"
+    exec(compile(text, "<some file>", "exec"), space)
+    for name in "fg":
+        with pytest.raises(Unfaithful, match="import"):
+            described(space[name])
+
+
+def test_whose_code_it_is() -> None:
+    """A package that transformers does not call by itself is as the user's."""
+    folder = os.path.dirname(os.path.dirname(pytest.__file__))
+    files = {"vendor/patch.py": True, "tqdm/std.py": False, "huggingface_hub/x.py": False}
+    for name, foreign in files.items():
+        assert is_foreign(os.path.join(folder, name)) is foreign
+    assert is_foreign(__file__)
+    assert not is_foreign(torch.__file__)
+    assert not is_foreign(os.__file__)

@@ -228,6 +228,18 @@ def test_a_damaged_file_is_ignored_and_written_again(damage: str, tmp_path: Path
     assert exports.load(path.stem, machine.source.clone) is not None
 
 
+def test_a_file_under_another_key_is_ignored(tmp_path: Path) -> None:
+    """Sound files that were exchanged are no files."""
+    machine, exports = Machine(tiny_model("gpt2")), ExportCache(tmp_path)
+    (captured,) = machine.store.captured.values()
+    clone = machine.source.clone
+    for key in ("one", "two"):
+        assert exports.save(key, captured, clone)
+        assert exports.load(key, clone) is not None
+    os.replace(tmp_path / "one.safetensors", tmp_path / "two.safetensors")
+    assert exports.load("one", clone) is exports.load("two", clone) is None
+
+
 def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     machine = Machine(tiny_model("gpt2"))
@@ -259,6 +271,7 @@ def test_the_environment_says_where(tmp_path: Path) -> None:
 
     assert folder(DJINN_CACHE_DIR="off") is folder(DJINN_CACHE_DIR="") is None
     assert folder(DJINN_CACHE_DIR=str(tmp_path)) == tmp_path
+    assert folder(DJINN_CACHE_DIR="~nosuchuser/x") is None
     assert folder(XDG_CACHE_HOME=str(tmp_path)) == tmp_path / "djinn_fx" / "exports"
     assert folder() == Path.home() / ".cache" / "djinn_fx" / "exports"
     assert ExportCache.from_environment() is None, f"tests must not write to the user's cache: set {VARIABLE}"

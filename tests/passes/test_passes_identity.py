@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import subprocess
 import sys
 from collections.abc import Callable
-from types import MethodType
+from functools import partial
+from types import MethodType, ModuleType
 from typing import Any, cast
 
 import pytest
@@ -207,6 +209,73 @@ def test_patched_code_changes_the_key(model: Any, monkeypatch: pytest.MonkeyPatc
         keys.append(key_of(model))
     assert None not in keys
     assert len(set(keys)) == len(keys)
+
+
+class Scaling:
+    """A thing that is called in place of an op."""
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def __call__(self, x: torch.Tensor, *args: Any) -> torch.Tensor:
+        return x * self.factor
+
+
+REPLACED: list[tuple[Any, str, Any]] = [
+    *((torch, "rsqrt", torch.sqrt), (torch, "mul", torch.add), (torch, "mul", partial(torch.add, alpha=2))),
+    *((torch, "mul", partial(torch.add, alpha=3)), (torch, "mul", Scaling(2.0)), (torch, "mul", Scaling(3.0))),
+    *(
+        (torch.nn.functional, "gelu", torch.tanh),
+        (torch._C._nn, "gelu", torch.tanh),
+        (torch.special, "erf", torch.tanh),
+    ),
+    *((torch.Tensor, "mul", torch.Tensor.add), (torch.Tensor, "pow", property(lambda self: self.mul))),
+    *((nn.Linear, "forward", staticmethod(torch.tanh)), (nn.Linear, "forward", Scaling(2.0))),
+    *((nn.Linear, "forward", Scaling(3.0)), (modeling_llama.LlamaMLP, "forward", Scaling(2.0))),
+    *((modeling_llama.LlamaMLP, "forward", Scaling(3.0)), (modeling_llama, "rotate_half", torch.tanh)),
+    *((modeling_llama, "rotate_half", Scaling(2.0)), (modeling_llama, "rotate_half", Scaling(3.0))),
+]
+
+
+def test_replaced_builtins_change_the_key(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the namespaces of torch and in classes, by builtins, partial functions and objects."""
+    source = prepare(model)
+    before = export_key(source, SHAPE, arenas())
+    keys = [before]
+    for where, name, value in REPLACED:
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, value, raising=False)
+            keys.append(export_key(source, SHAPE, arenas()))
+    assert None not in keys
+    assert len(set(keys)) == len(keys)
+    assert export_key(source, SHAPE, arenas()) == before
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "mul", operator.attrgetter("add"))
+        assert export_key(source, SHAPE, arenas()) is None
+
+
+def test_what_a_patch_reads_through_a_module_is_in_the_key(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a class and on one instance; what reads the environment has none."""
+    consts: Any = ModuleType("consts")
+    consts.SCALE = 1.0
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return torch.mul(x, consts.SCALE)
+
+    def reading(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return x * float(os.environ.get("SCALE", "1"))
+
+    for where in (modeling_llama.LlamaRMSNorm, model.model.norm):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, "forward", forward if isinstance(where, type) else MethodType(forward, where))
+            keys = [key_of(model)]
+            patch.setattr(consts, "SCALE", 2.0)
+            keys.append(key_of(model))
+            assert None not in keys
+            assert len(set(keys)) == 2
+            patch.setattr(where, "forward", reading if isinstance(where, type) else MethodType(reading, where))
+            assert key_of(model) is None
+    assert key_of(model) is not None
 
 
 def test_versions_sources_and_settings_are_in_the_key(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
