@@ -22,7 +22,7 @@ from djinn_fx.benchmarks.copying import Copying, Way, ways
 from djinn_fx.benchmarks.models import Loaded
 from djinn_fx.benchmarks.record import Json
 from djinn_fx.benchmarks.registry import Benchmark, main
-from djinn_fx.benchmarks.stats import overhead, summary
+from djinn_fx.benchmarks.stats import overhead, rotated, summary
 from djinn_fx.kernels import pack as packing
 
 #: A copy is begun after every so many tokens.
@@ -144,7 +144,7 @@ def _under_load(context: Context, loaded: Loaded, dj: Any, prompt: list[int], mi
     wrong: set[str] = set()
     for turn in range(rounds):
         order: list[Way | None] = [None, *known]
-        for way in order[turn % len(order) :] + order[: turn % len(order)]:
+        for way in rotated(order, turn):
             name = "no copies" if way is None else way.name
             taken, tokens, own = _decode(context, dj, prompt, count, copying, way)
             samples[name].append(1e3 * taken / count)

@@ -48,11 +48,8 @@ def whole_times(loaded: Loaded, prompt: torch.Tensor) -> tuple[dict[str, Json], 
 
     model, room = loaded.model, min(loaded.room, prompt.shape[1] + 64)
     cache = StaticCache(config=model.config, max_cache_len=room)
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     # Made inside a compiled prompt it would have no fixed address, and CUDA graphs would be left out.
-    cache.early_initialization(1, heads, width, next(model.parameters()).dtype, loaded.device)
+    cache.early_initialization(1, *loaded.kv_shape, next(model.parameters()).dtype, loaded.device)
 
     def forward(tokens: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         out = model(input_ids=tokens, position_ids=places, past_key_values=cache, use_cache=True, logits_to_keep=1)

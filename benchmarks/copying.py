@@ -44,9 +44,7 @@ class Copying:
     @staticmethod
     def like(loaded: Loaded, nbytes: int) -> Copying:
         """Keys and values of every layer of a model, together about ``nbytes``."""
-        config = loaded.model.config.get_text_config()
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        heads, width = loaded.kv_shape
         dtype = next(loaded.model.parameters()).dtype
         length = max(1, nbytes // (2 * loaded.layers * heads * width * dtype.itemsize))
         generator = torch.Generator(loaded.device).manual_seed(0)

@@ -48,6 +48,13 @@ class Loaded:
         unread = {id(t): t.numel() * t.element_size() for t in tables if t is not kept}
         return self.weight_bytes - sum(unread.values())
 
+    @property
+    def kv_shape(self) -> tuple[int, int]:
+        """Heads of keys and values, and their width, by the configuration."""
+        config = self.model.config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        return heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
     def block(self, layer: int) -> nn.Module:
         """The block of a layer."""
         blocks: Any = self.model.get_submodule(self.blocks)

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from djinn_fx.benchmarks.record import Json
+
+Item = TypeVar("Item")
+
+
+def rotated(items: Sequence[Item], turn: int) -> list[Item]:
+    """The items from another one on in each turn, so that none always comes first."""
+    start = turn % len(items)
+    return [*items[start:], *items[:start]]
 
 
 def summary(samples: Sequence[float], unit: str) -> dict[str, Json]:

@@ -27,7 +27,7 @@ from djinn_fx.benchmarks.peers.hooks import HooksDecoder
 from djinn_fx.benchmarks.record import Check, Json
 from djinn_fx.benchmarks.registry import Benchmark, main
 from djinn_fx.benchmarks.replays import Replays
-from djinn_fx.benchmarks.stats import overhead, summary
+from djinn_fx.benchmarks.stats import overhead, rotated, summary
 from djinn_fx.specs import Variant
 
 #: Steps whose logits are compared.
@@ -220,10 +220,8 @@ class Rows:
     def _samples(self, replays: Replays, arms: dict[str, Any]) -> dict[str, list[float]]:
         """Milliseconds per replay, arms in rotating order."""
         found: dict[str, list[float]] = {name: [] for name in arms}
-        names = list(arms)
-        for turn in range(self.sizes.rounds if names else 0):
-            shift = turn % len(names)
-            for name in names[shift:] + names[:shift]:
+        for turn in range(self.sizes.rounds if arms else 0):
+            for name in rotated(list(arms), turn):
                 taken = replays.seconds(arms[name], self.sizes.replays, self.sizes.warm)
                 found[name].append(1e3 * taken)
             if self.context.over and turn + 1 >= FEWEST:

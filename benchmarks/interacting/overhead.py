@@ -20,7 +20,7 @@ from djinn_fx.benchmarks.answers import Answer, judge, same_bits, tolerance
 from djinn_fx.benchmarks.context import refused
 from djinn_fx.benchmarks.interacting.bench import Bench
 from djinn_fx.benchmarks.record import Json
-from djinn_fx.benchmarks.stats import overhead, rounds_overheads, summary
+from djinn_fx.benchmarks.stats import overhead, rotated, rounds_overheads, summary
 
 #: What 0.24 % is: the most that the original system measured.
 LIMIT = 0.0024
@@ -118,10 +118,6 @@ def _right(bench: Bench, arms: dict[str, Arm], count: int = 6) -> tuple[bool, st
     return verdict.held, f"bare against instrumented: {bits}"
 
 
-def _rotated(names: list[str], turn: int) -> list[str]:
-    return names[turn % len(names) :] + names[: turn % len(names)]
-
-
 def _decode(bench: Bench, arms: dict[str, Arm]) -> dict[str, list[float]]:
     """Milliseconds per token, rounds in lockstep."""
     block = bench.context.size(16, 3)
@@ -135,7 +131,7 @@ def _decode(bench: Bench, arms: dict[str, Arm]) -> dict[str, list[float]]:
                 arm.take(bench.prompt, 1)
                 arm.take(None, 2)
             left = bench.room - len(bench.prompt) - 4
-        for name in _rotated(list(arms), turn):
+        for name in rotated(list(arms), turn):
             taken = clock.seconds(bench.device, lambda arm=arms[name]: arm.take(None, block))  # type: ignore[misc]
             samples[name].append(1e3 * taken / block)
         left -= block
@@ -148,7 +144,7 @@ def _prompts(bench: Bench, arms: dict[str, Arm]) -> dict[str, list[float]]:
     """Milliseconds from a prompt to its first token."""
     samples: dict[str, list[float]] = {name: [] for name in arms}
     for turn in range(bench.context.size(120, 3)):
-        for name in _rotated(list(arms), turn):
+        for name in rotated(list(arms), turn):
             arm = arms[name]
             arm.close()
             arm.open(bench.loaded.layers, bench.loaded.model.config.get_text_config().hidden_size, bench.device)
