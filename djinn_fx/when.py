@@ -7,17 +7,18 @@ in a checkpoint; a function of your own cannot. They vectorise themselves, which
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
 
 
-class BuiltIn:
+class BuiltIn(ABC):
     """A predicate that looks at many positions at once; on one it is the same."""
 
+    @abstractmethod
     def rows(self, values: torch.Tensor) -> torch.Tensor:
         """Evaluate on ``[positions, ...]``: bool ``[positions]``."""
-        raise NotImplementedError
 
     def __call__(self, h: torch.Tensor) -> torch.Tensor:
         """Evaluate on one position's activation."""

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from djinn_fx.runtime import planner
-from djinn_fx.runtime.breakpoints import Answer, Question
+from djinn_fx.runtime.breakpoints import Question
 from djinn_fx.runtime.flight import Flight
 from djinn_fx.runtime.launch import LaunchValues
+from djinn_fx.runtime.positions import as_index
 from djinn_fx.runtime.run import Run
 from djinn_fx.runtime.sampling import sample
 from djinn_fx.sites import Site
@@ -35,11 +36,7 @@ def ask(engine: Engine, groups: Sequence[Sequence[Run]]) -> None:
     for flight, questions in asked:
         if questions is None:
             continue
-        said = [question.ask() for question in questions]
-        for question, answer in zip(questions, said, strict=True):
-            known = {(id(question.point), name): Answer(answer, rank) for rank, name in enumerate(question.sites)}
-            flight.answers |= known
-        flight.said = tuple(said)
+        flight.answers = {key: answer for question in questions for key, answer in question.ask().items()}
 
 
 @torch.no_grad()
@@ -68,10 +65,7 @@ def _questions(engine: Engine, run: Run) -> list[Question] | None:
 def values_at(engine: Engine, flight: Flight, site: Site, tokens: list[int]) -> torch.Tensor:
     """A copy of a site's value at some tokens, for a predicate to look at while other threads go on."""
     with engine.lock:
-        value = flight.value(site)
-        if len(tokens) == tokens[-1] - tokens[0] + 1:  # a list of indices would have to be sent to the device
-            return value[tokens[0] : tokens[-1] + 1].clone()
-        return value[tokens]
+        return flight.value(site)[as_index(tokens)].clone()
 
 
 @torch.no_grad()

@@ -116,13 +116,14 @@ class Question:
     sites: tuple[str, ...]
     values: torch.Tensor
 
-    def ask(self) -> Said:
-        """Evaluate the predicate without waiting for the device.
+    def ask(self) -> dict[tuple[int, str], Answer]:
+        """Evaluate the predicate without waiting for the device; the answers by breakpoint (its identity) and site.
 
         Raises:
             InvalidPredicate: as :func:`evaluate`.
         """
-        return Said(*to_host(evaluate(self.point.spec, self.values)))
+        said = Said(*to_host(evaluate(self.point.spec, self.values)))
+        return {(id(self.point), name): Answer(said, rank) for rank, name in enumerate(self.sites)}
 
 
 def evaluate(spec: Breakpoint, values: torch.Tensor) -> torch.Tensor:

@@ -131,8 +131,7 @@ def _launch(engine: Engine, runs: Sequence[Run]) -> list[list[Run]]:
         batch = [planner.batch_row(run) for run in group]
         for run, values in zip(group, executor.decode(batch), strict=True):
             launched = planner.flight_of(run)
-            launched.values, launched.drawn = values, None
-            launched.answers, launched.said = {}, None
+            launched.values, launched.answers, launched.drawn = values, None, None
     for run in runs:
         flight = run.flight
         if flight is not None and not flight.step.decodes and flight.chunk is None:

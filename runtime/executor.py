@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -23,10 +22,11 @@ from djinn_fx.runtime.tables import (
     steering_inputs,
     step_inputs,
     step_ints,
+    table_specs,
     variant_for,
 )
 from djinn_fx.sites import Site
-from djinn_fx.specs import edit_tables
+from djinn_fx.specs import TableSpec
 
 if TYPE_CHECKING:
     from djinn_fx.runtime.loop import DecodeLoop
@@ -203,9 +203,9 @@ class Executor:
 
     def _stage(self, program: Program) -> Stage:
         assert self.stages is not None
-        return self.stages.of(program, lambda: (self._inputs([], program), self._neutral(program)))
+        return self.stages.of(program, lambda: self._stage_inputs(program))
 
-    def _neutral(self, program: Program) -> dict[str, float]:
-        """What a program's steering tables hold where nothing acts."""
-        of_site = partial(edit_tables, shape=program.shape, variant=program.variant, dtype=self.dtype, rank=self.rank)
-        return {spec.name: spec.neutral for site in program.sites for spec in of_site(site)}
+    def _stage_inputs(self, program: Program) -> tuple[list[TableSpec], torch.Tensor]:
+        """A program's steering tables, and the integer inputs of dead rows."""
+        specs = table_specs(program.shape, program.variant, program.sites, self.dtype, self.rank)
+        return specs, step_ints([], program.shape, self.arena.spare_row)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from djinn_fx.errors import InternalError
-from djinn_fx.runtime.breakpoints import Answer, Said
+from djinn_fx.runtime.breakpoints import Answer
 from djinn_fx.runtime.executor import RowValues, StepValues
 from djinn_fx.runtime.stages import Chunk
 from djinn_fx.runtime.steps import Step
@@ -29,8 +29,8 @@ class Flight:
         values: a decode step's values, once executed.
         chunk: a prompt chunk's execution, once begun.
         drawn: the token that a decode step's logits come to, where it was drawn ahead.
-        answers: what predicates said of a decode step's values, by breakpoint and site.
-        said: the same as a whole, where every breakpoint that could stop the step was asked; None where not.
+        answers: what predicates said of a decode step's values, by breakpoint (its identity) and site, where every
+            breakpoint that could stop the step was asked; None where not.
     """
 
     step: Step
@@ -38,13 +38,12 @@ class Flight:
     values: RowValues | None = None
     chunk: Chunk | None = None
     drawn: int | None = None
-    answers: dict[tuple[int, str], Answer] = field(default_factory=dict)
-    said: tuple[Said, ...] | None = None
+    answers: dict[tuple[int, str], Answer] | None = None
 
     @property
     def passes(self) -> bool:
         """Whether every predicate was asked and none holds, so that the step stops nowhere; waits for the device."""
-        return self.said is not None and not any(any(said.read()) for said in self.said)
+        return self.answers is not None and not any(answer.read() for answer in self.answers.values())
 
     def sites(self, compiled: tuple[Site, ...]) -> tuple[Site, ...]:
         """The sites at which this step can stop: a chunk keeps those it began with."""

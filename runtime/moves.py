@@ -82,7 +82,7 @@ def fork(engine: Engine, run: Run, n: int, seeds: Sequence[int] | None) -> list[
 
 def _copy_flight(engine: Engine, flight: Flight, row: int) -> Flight:
     """The same step in the air for another row; values are shared, since nothing mutates them."""
-    copied = replace(flight, drawn=None, answers={}, said=None)  # it may have another seed and other breakpoints
+    copied = replace(flight, drawn=None, answers=None)  # it may have another seed and other breakpoints
     if isinstance(flight.values, LaunchValues):
         flight.values.shared = True
     if flight.chunk is not None:

@@ -204,8 +204,9 @@ def fired(run: Run, flight: Flight, site: Site, values: Callable[[list[int]], to
     """
     if run.target is not None:
         return ()
+    answers = flight.answers or {}
     found = [
-        (point, point.fired(site, flight.step, values, flight.answers.get((id(point), site.name))))
+        (point, point.fired(site, flight.step, values, answers.get((id(point), site.name))))
         for point in run.breakpoints
         if point.watches(site)
     ]

@@ -27,6 +27,13 @@ def matching(spec: Positions, start: int, sampled: Sequence[bool], last_prompt: 
     )
 
 
+def as_index(chosen: Sequence[int]) -> slice | list[int]:
+    """Ascending indices as a slice, if they are a stretch: a list would have to be sent to the device."""
+    if len(chosen) == chosen[-1] - chosen[0] + 1:
+        return slice(chosen[0], chosen[-1] + 1)
+    return list(chosen)
+
+
 def _speaks_of(spec: Positions, position: int, sampled: bool, last_prompt: int) -> bool:
     if isinstance(spec, str):
         return {

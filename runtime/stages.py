@@ -9,17 +9,17 @@ in when it goes on. So any number of sessions may stand in the middle of a promp
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from djinn_fx.program import TOKENS, Program
+from djinn_fx.program import Program
 from djinn_fx.runtime.lanes import copy_all, send
 from djinn_fx.runtime.segments import Env, run_segments
-from djinn_fx.runtime.tables import BatchRow, Tables, write_steering
-from djinn_fx.specs import ProgramShape, Variant
+from djinn_fx.runtime.tables import BatchRow, int_views, neutral_tables, write_steering
+from djinn_fx.specs import ProgramShape, TableSpec, Variant
 
 #: Bytes that the buffers of a model's stages may take together.
 LIMIT = 512 << 20
@@ -57,7 +57,8 @@ class Chunk:
         """Take its values off the stage it is on, as copies of its own that nobody overwrites."""
         if self.stage is None:
             return
-        known = self._known()
+        made = [name for segment in self.program.segments[: self.next_segment] for name in segment.outputs]
+        known = [*self.stage.inputs, *made]
         with torch.inference_mode(False), torch.no_grad():
             copies = {name: torch.empty_like(self.env[name]) for name in known}
             copy_all(list(copies.values()), [self.env[name] for name in known])
@@ -68,12 +69,6 @@ class Chunk:
         """The same chunk once more; both keep the values, which nobody overwrites."""
         self.leave()
         return Chunk(self.program, dict(self.env), self.next_segment)
-
-    def _known(self) -> list[str]:
-        """Names of the inputs and of what has been computed."""
-        made = [name for segment in self.program.segments[: self.next_segment] for name in segment.outputs]
-        stage = self.stage
-        return [*(() if stage is None else stage.inputs), *made]
 
 
 class Stage:
@@ -87,29 +82,28 @@ class Stage:
 
     Args:
         program: the program; its kernels must have run once.
-        inputs: example inputs, of dead rows; their tensors become the buffers.
-        neutral: what each steering table among them holds where nothing acts.
+        specs: its steering tables.
+        ints: the integer inputs of dead rows, a host tensor laid out as :func:`djinn_fx.runtime.tables.int_views` says.
         shared: the arenas.
         recorder: makes a segment ready.
     """
 
     def __init__(
-        self, program: Program, inputs: Tables, neutral: Mapping[str, float], shared: Env, recorder: Recorder
+        self, program: Program, specs: Sequence[TableSpec], ints: torch.Tensor, shared: Env, recorder: Recorder
     ) -> None:
-        self._neutral, self._written = neutral, set[str]()
+        self._ints = ints.to(recorder.device)
+        self._neutral, self._written = {spec.name: spec.neutral for spec in specs}, set[str]()
+        inputs = int_views(self._ints, program.shape) | neutral_tables(specs, recorder.device)
         self.program, self.inputs, self.shared = program, tuple(inputs), frozenset(shared)
         self.env: Env = {**inputs, **shared}
-        self._ints = _whole(inputs[TOKENS])
         self._steps = recorder.record(program, self.env)
         self._on: weakref.ref[Chunk] | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of its buffers, without what all stages share."""
-        own = {
-            id(t.untyped_storage()): t.untyped_storage().nbytes() for n, t in self.env.items() if n not in self.shared
-        }
-        return sum(own.values())
+        storages = [tensor.untyped_storage() for name, tensor in self.env.items() if name not in self.shared]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     def seat(self, chunk: Chunk) -> None:
         """Bring a chunk onto the stage; whoever is on it leaves."""
@@ -128,7 +122,7 @@ class Stage:
         """Give the chunk that is on it its inputs anew.
 
         Args:
-            ints: the integer inputs, a host tensor laid out as ``tables.int_names`` says.
+            ints: the integer inputs, a host tensor, as where the stage was made.
             row: what acts in it.
         """
         send(ints, self._ints)
@@ -140,12 +134,6 @@ class Stage:
         """Run segments ``first`` to ``last`` (inclusive) of the chunk that is on it."""
         for step in self._steps[first : last + 1]:
             step()
-
-
-def _whole(view: torch.Tensor) -> torch.Tensor:
-    """The one-dimensional buffer that a view lies in."""
-    count = view.untyped_storage().nbytes() // view.itemsize
-    return view.as_strided((count,), (1,), 0)
 
 
 @dataclass
@@ -237,8 +225,8 @@ class Stages:
         """Bytes of all their buffers."""
         return sum(stage.nbytes for stage in self._made.values())
 
-    def of(self, program: Program, inputs: Callable[[], tuple[Tables, Mapping[str, float]]]) -> Stage:
-        """The stage of a program, made now if there is none; ``inputs``: those of dead rows, and neutral values."""
+    def of(self, program: Program, inputs: Callable[[], tuple[Sequence[TableSpec], torch.Tensor]]) -> Stage:
+        """The stage of a program, made now if there is none; ``inputs`` gives its ``specs`` and ``ints`` then."""
         key = (program.shape, program.variant, tuple(site.name for site in program.sites))
         stage = self._made.pop(key, None)
         if stage is None:

@@ -10,10 +10,11 @@ from typing import Literal
 import torch
 
 from djinn_fx.program import KEEP, LENGTHS, POSITIONS, ROWS, TOKENS
+from djinn_fx.runtime.positions import as_index
 from djinn_fx.runtime.steering import Armed, RankPart
 from djinn_fx.runtime.steps import Step
 from djinn_fx.sites import Site
-from djinn_fx.specs import ProgramShape, Variant, edit_tables
+from djinn_fx.specs import ProgramShape, TableSpec, Variant, edit_tables
 
 Tables = dict[str, torch.Tensor]
 
@@ -55,28 +56,32 @@ def acting(step: Step, site: Site) -> Armed | None:
     return armed
 
 
-def int_names(shape: ProgramShape) -> dict[str, tuple[int, tuple[int, ...]]]:
-    """Where the integer inputs of a program lie in one buffer: offset and shape by name; each begins at 16 bytes."""
+def int_views(flat: torch.Tensor, shape: ProgramShape) -> Tables:
+    """The integer inputs of a program as views of one buffer of :func:`int_count` elements; each begins at 16 bytes."""
+    found, offset = {}, 0
+    for name, dims in _int_shapes(shape).items():
+        found[name] = flat[offset : offset + math.prod(dims)].view(dims)
+        offset += _padded(dims)
+    return found
+
+
+def int_count(shape: ProgramShape) -> int:
+    """Elements of the buffer that holds a program's integer inputs."""
+    return sum(map(_padded, _int_shapes(shape).values()))
+
+
+def _int_shapes(shape: ProgramShape) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {
         TOKENS: (shape.rows, shape.query),
         POSITIONS: (shape.rows, shape.query),
         ROWS: (shape.rows,),
         LENGTHS: (shape.rows,),
     }
-    if shape.keep < shape.query:
-        shapes[KEEP] = (shape.rows, shape.keep)
-    found, offset = {}, 0
-    for name, dims in shapes.items():
-        found[name] = offset, dims
-        offset += -(-math.prod(dims) // 2) * 2
-    return found
+    return shapes | ({KEEP: (shape.rows, shape.keep)} if shape.keep < shape.query else {})
 
 
-def int_views(flat: torch.Tensor, shape: ProgramShape) -> Tables:
-    """The integer inputs of a program as views of one buffer, laid out by :func:`int_names`."""
-    return {
-        name: flat[offset : offset + math.prod(dims)].view(dims) for name, (offset, dims) in int_names(shape).items()
-    }
+def _padded(dims: tuple[int, ...]) -> int:
+    return -(-math.prod(dims) // 2) * 2
 
 
 def step_ints(batch: Sequence[BatchRow], shape: ProgramShape, spare_row: int) -> torch.Tensor:
@@ -84,9 +89,7 @@ def step_ints(batch: Sequence[BatchRow], shape: ProgramShape, spare_row: int) ->
 
     Batch rows beyond ``batch`` are dead: length 0, position 0, the spare arena row.
     """
-    layout = int_names(shape)
-    last, dims = list(layout.values())[-1]
-    flat = torch.zeros(last + -(-math.prod(dims) // 2) * 2, dtype=torch.int64)
+    flat = torch.zeros(int_count(shape), dtype=torch.int64)
     views = int_views(flat, shape)
     views[ROWS].fill_(spare_row)
     for index, row in enumerate(batch):
@@ -105,6 +108,18 @@ def step_inputs(batch: Sequence[BatchRow], shape: ProgramShape, spare_row: int, 
     return int_views(step_ints(batch, shape, spare_row).to(device), shape)
 
 
+def table_specs(
+    shape: ProgramShape, variant: Variant, sites: Sequence[Site], dtype: torch.dtype, rank: int
+) -> list[TableSpec]:
+    """The steering tables of a program, those of every site."""
+    return [spec for site in sites for spec in edit_tables(site, shape, variant, dtype, rank)]
+
+
+def neutral_tables(specs: Sequence[TableSpec], device: torch.device) -> Tables:
+    """Steering tables in which nothing acts."""
+    return {spec.name: torch.full(spec.shape, spec.neutral, dtype=spec.dtype, device=device) for spec in specs}
+
+
 def steering_inputs(
     batch: Sequence[BatchRow],
     shape: ProgramShape,
@@ -115,8 +130,7 @@ def steering_inputs(
     rank: int,
 ) -> Tables:
     """The steering tables of every site for a batch; what a row does not use stays neutral."""
-    specs = [spec for site in sites for spec in edit_tables(site, shape, variant, dtype, rank)]
-    tables = {spec.name: torch.full(spec.shape, spec.neutral, dtype=spec.dtype, device=device) for spec in specs}
+    tables = neutral_tables(table_specs(shape, variant, sites, dtype, rank), device)
     if tables:
         write_steering(tables, batch, sites)
     return tables
@@ -151,24 +165,16 @@ def _write_edit(tables: Tables, site: Site, index: int, step: Step, armed: Armed
         tables[f"{site.name}:{part}"][index, 0] = value
     parts = list(values)
     if parts:
-        _mark(tables[f"{site.name}:act"][index], chosen)
+        tables[f"{site.name}:act"][index, as_index(chosen)] = True
         parts.append("act")
     if armed.rank is None:
         return parts
-    _mark(tables[f"{site.name}:rank_act"][index], chosen)
+    tables[f"{site.name}:rank_act"][index, as_index(chosen)] = True
     count = armed.rank.read.shape[0]
     tables[f"{site.name}:slot"][index, :count] = True
     for part in RankPart.__dataclass_fields__:
         tables[f"{site.name}:{part}"][index, :count] = getattr(armed.rank, part)
     return [*parts, "rank_act", "slot", *RankPart.__dataclass_fields__]
-
-
-def _mark(flags: torch.Tensor, chosen: Sequence[int]) -> None:
-    """Set the flags of chosen tokens; a stretch of them without sending indices to the device."""
-    if len(chosen) == chosen[-1] - chosen[0] + 1:
-        flags[chosen[0] : chosen[-1] + 1] = True
-    else:
-        flags[chosen] = True
 
 
 def site_row(site: Site, env: Mapping[str, torch.Tensor], index: int, step: Step) -> torch.Tensor:

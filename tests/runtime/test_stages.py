@@ -151,6 +151,14 @@ def test_stages_of_sites_no_longer_compiled_go(dj: djinn.Dj) -> None:
     own.close()
 
 
+def test_a_stage_counts_every_buffer_once(dj: djinn.Dj) -> None:
+    forwarded(dj, ONE, scale=0.5)
+    for stage in stages_of(dj):
+        own = [tensor for name, tensor in stage.env.items() if name not in stage.shared]
+        apart = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in own}
+        assert stage.nbytes == sum(apart.values()) >= sum(stage.env[site].nbytes for site in SITES)
+
+
 def test_stages_stay_within_their_bound() -> None:
     own = another_dj("gpt2", backend="static")
     stages = own.engine.executor.stages
