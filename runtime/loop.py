@@ -27,6 +27,7 @@ from djinn_fx.runtime.tables import BatchRow
 from djinn_fx.sites import Site
 from djinn_fx.specs import ProgramShape, Variant
 
+#: Variants, each of which does what those before it do.
 _RICHNESS: Mapping[Variant, int] = {"plain": 0, "armed": 1, "rank": 2}
 
 
@@ -55,6 +56,11 @@ class DecodeLoop:
     def sites(self) -> tuple[Site, ...]:
         """The compiled sites."""
         return self.lanes.sites
+
+    @property
+    def ahead(self) -> bool:
+        """Whether a step was launched that nobody has asked for yet."""
+        return self._ahead is not None
 
     # -- one step ------------------------------------------------------------------------------
 
@@ -166,8 +172,11 @@ class DecodeLoop:
         """Run a step of the rows on their lanes; None if ``ahead`` and the program it needs is not made yet."""
         plans = {lane: self.lanes.plan(lane, row) for lane, row in rows.items()}
         variant = self._variant(rows, plans)
-        if ahead and (shape.rows, variant) not in self._ready:
-            return None
+        if ahead:  # nothing is compiled for that; a richer program that is ready has the same bits
+            found = [v for v in _RICHNESS if (shape.rows, v) in self._ready and _RICHNESS[v] >= _RICHNESS[variant]]
+            if not found:
+                return None
+            variant = found[0]
         replayed = self.prepare(shape.rows, variant)
         last, self._last = self._last, None
         if last is not None:

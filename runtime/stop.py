@@ -34,6 +34,7 @@ class Stop:
     ) -> None:
         self._run, self._site, self._step, self._value = run, site, step, value
         self._fired, self._kind = tuple(fired), _kind(value)
+        self._given = (value, value._version)
         self.held = False
         self.waiting = False  # found by a step, not yet in the user's hands
 
@@ -125,6 +126,12 @@ class Stop:
         """
         self._require_fit(self._value)
         return self._value.detach()
+
+    @property
+    def written(self) -> bool:
+        """Whether the value was surely written to or assigned; False leaves open that it was, past PyTorch's notice."""
+        given, version = self._given
+        return self._value is not given or self._value._version != version
 
     # -- acts ----------------------------------------------------------------------------------
 
