@@ -138,7 +138,8 @@ def _launch(engine: Engine, runs: Sequence[Run]) -> list[list[Run]]:
     for run in runs:
         flight = run.flight
         if flight is not None and not flight.step.decodes and flight.chunk is None:
-            flight.chunk = executor.begin(BatchRow(run.session.row, flight.step))
+            wanted = [site.name for site in run.capture]
+            flight.chunk = executor.begin(BatchRow(run.session.row, flight.step), wanted)
             if groups and executor.loop is not None:
                 break  # one chunk between two decode steps: nobody who decodes shall wait for all prompts
     return groups
@@ -265,8 +266,7 @@ def _recorded(engine: Engine, run: Run, flight: Flight, *, ends: bool) -> StepRe
     """What a step gave its run."""
     record = StepRecord(flight.step.start)
     part = len(run.capture) / max(1, len(engine.sites))
-    for site in run.capture:
-        record.captured[site.name] = flight.own(site, part)
+    record.captured = flight.own(run.capture, part) if run.capture else {}
     if run.options.kind == "forward":
         skip = max(0, run.prompt_start - flight.step.start)
         record.logits = flight.logits()[skip:].clone()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -53,8 +53,8 @@ class RowValues(Protocol):
     def value(self, site: Site) -> torch.Tensor:
         """Value of ``site``, ``[tokens, *feature_shape]``; a view, copy before handing it out."""
 
-    def own(self, site: Site, part: float) -> torch.Tensor:
-        """Value of ``site`` to be handed out; ``part`` of all sites are."""
+    def own(self, sites: Sequence[Site], part: float) -> Mapping[str, torch.Tensor]:
+        """Values of ``sites``, which are ``part`` of all, to be handed out: nobody else writes or reads them."""
 
 
 @dataclass
@@ -78,9 +78,9 @@ class StepValues:
         """Value of ``site``, ``[tokens, *feature_shape]``; a view, copy before handing it out."""
         return site_row(site, self.env, self.row, self.step)
 
-    def own(self, site: Site, part: float) -> torch.Tensor:
-        """A copy of the value of ``site``."""
-        return self.value(site).clone()
+    def own(self, sites: Sequence[Site], part: float) -> Mapping[str, torch.Tensor]:
+        """Copies of the values of ``sites``."""
+        return {site.name: self.value(site).clone() for site in sites}
 
     @property
     def logits(self) -> torch.Tensor:
@@ -141,13 +141,19 @@ class Executor:
         return values
 
     @torch.no_grad()
-    def begin(self, row: BatchRow) -> Chunk:
-        """Begin a prompt chunk: nothing runs yet."""
+    def begin(self, row: BatchRow, wanted: Iterable[str] | None = None) -> Chunk:
+        """Begin a prompt chunk: nothing runs yet.
+
+        Args:
+            row: what it computes.
+            wanted: sites whose values will be asked for after later ones were reached; None: any.
+        """
         program = self._program([row])
+        kept = None if wanted is None else frozenset(wanted)
         if self.stages is None:
-            return Chunk(program, self._inputs([row], program) | self.arena.env)
+            return Chunk(program, self._inputs([row], program) | self.arena.env, wanted=kept)
         stage = self._stage(program)
-        chunk = Chunk(program, {})
+        chunk = Chunk(program, {}, wanted=kept)
         stage.seat(chunk)
         self._refill(chunk, row)
         return chunk

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,11 +58,11 @@ class Flight:
             raise InternalError(f"the value of {site.name!r} was asked for before its step ran")
         return self.values.value(site)
 
-    def own(self, site: Site, part: float) -> torch.Tensor:
-        """Value of a site to be handed out: nobody else writes or reads it; ``part`` of all sites are handed out."""
+    def own(self, sites: Sequence[Site], part: float) -> Mapping[str, torch.Tensor]:
+        """Values of sites, ``part`` of all there are, to be handed out: nobody else writes or reads them."""
         if self.chunk is None and self.values is not None:
-            return self.values.own(site, part)
-        return self.value(site).clone()
+            return self.values.own(sites, part)
+        return {site.name: self.value(site).clone() for site in sites}
 
     def logits(self) -> torch.Tensor:
         """Logits of the kept positions of a complete step, ``[kept, vocab]``, a view."""

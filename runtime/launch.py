@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -158,9 +158,43 @@ class Launch:
         """The static buffers themselves, while they hold this step."""
         return Snapshot(0, self._logits(), tuple(self._lanes.taps) if self.tapped else ())
 
+    @property
+    def places(self) -> Mapping[str, tuple[int, int]]:
+        """Where the taps hold a site, by name: which buffer, and at which index."""
+        return self._lanes.tap_of
+
     def place(self, site: Site) -> tuple[int, int] | None:
-        """Where the taps hold a site: which buffer, and at which index."""
-        return self._lanes.tap_of.get(site.name)
+        """Where the taps hold a site, if they do."""
+        return self.places.get(site.name)
+
+
+class KeptSites(Mapping[str, torch.Tensor]):
+    """Values of one lane at some sites, ``[1, *feature_shape]``: views of a snapshot, made when asked for.
+
+    Args:
+        snapshot: what holds them.
+        lane: whose.
+        names: the sites' names.
+        places: where the taps hold a site, by name: which buffer, and at which index.
+    """
+
+    def __init__(
+        self, snapshot: Snapshot, lane: int, names: tuple[str, ...], places: Mapping[str, tuple[int, int]]
+    ) -> None:
+        self._snapshot, self._index = snapshot, lane - snapshot.first
+        self._names, self._places = names, places
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        buffer, rank = self._places[name]
+        return self._snapshot.taps[buffer][rank, self._index : self._index + 1]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 class LaunchValues:
@@ -187,15 +221,19 @@ class LaunchValues:
         """Read from a snapshot from now on."""
         self._kept = snapshot
 
-    def own(self, site: Site, part: float) -> torch.Tensor:
-        """Value of ``site`` as a tensor that nobody else writes or reads, ``[1, *feature_shape]``.
+    def own(self, sites: Sequence[Site], part: float) -> Mapping[str, torch.Tensor]:
+        """Values of ``sites`` as tensors that nobody else writes or reads, ``[1, *feature_shape]``.
 
-        It is a view of the snapshot where ``part`` of the sites are wanted and that makes up most of it, else a copy.
+        They are views of the snapshot, made when asked for, where the ``part`` of all sites makes up most of it; else
+        copies.
         """
         if self.wants == "taps" and self._kept is None and not self._launch.over:
             self._launch.keep()
-        mostly = self._kept is not None and self._kept.wanted * part >= LEAST
-        return self.value(site) if mostly and not self.shared else self.value(site).clone()
+        if self._kept is not None and self._kept.wanted * part >= LEAST and not self.shared:
+            names = tuple(site.name for site in sites)
+            if all(name in self._launch.places for name in names):
+                return KeptSites(self._kept, self.lane, names, self._launch.places)
+        return {site.name: self.value(site).clone() for site in sites}
 
     def _source(self) -> Snapshot | None:
         if self._kept is not None:

@@ -110,6 +110,6 @@ class StepRecord:
     """
 
     start: int
-    captured: dict[str, torch.Tensor] = field(default_factory=dict)
+    captured: Mapping[str, torch.Tensor] = field(default_factory=dict)
     logits: torch.Tensor | None = None
     stepped: bool = True

@@ -34,12 +34,14 @@ class Chunk:
         env: values by environment name: its own tensors, or those of the stage it is on.
         next_segment: index of the segment that runs next.
         stage: the stage it is on, or None.
+        wanted: sites whose values will be asked for after later ones were reached; None: any.
     """
 
     program: Program
     env: Env
     next_segment: int = 0
     stage: Stage | None = None
+    wanted: frozenset[str] | None = None
 
     @property
     def complete(self) -> bool:
@@ -57,18 +59,26 @@ class Chunk:
         """Take its values off the stage it is on, as copies of its own that nobody overwrites."""
         if self.stage is None:
             return
-        made = [name for segment in self.program.segments[: self.next_segment] for name in segment.outputs]
-        known = [*self.stage.inputs, *made]
+        known = [*self.stage.inputs, *self._needed()]
         with torch.inference_mode(False), torch.no_grad():
             copies = {name: torch.empty_like(self.env[name]) for name in known}
             copy_all(list(copies.values()), [self.env[name] for name in known])
         rest = {name: tensor for name, tensor in self.env.items() if name in self.stage.shared}
         self.env, self.stage = rest | copies, None
 
+    def _needed(self) -> list[str]:
+        """What of the segments' results somebody will still read."""
+        done = self.program.segments[: self.next_segment]
+        made = [name for segment in done for name in segment.outputs]
+        if self.wanted is None or not done:
+            return made
+        alive = {value.name for value in done[-1].live}.union(done[-1].outputs, self.wanted)
+        return [name for name in made if name in alive]
+
     def twin(self) -> Chunk:
         """The same chunk once more; both keep the values, which nobody overwrites."""
         self.leave()
-        return Chunk(self.program, dict(self.env), self.next_segment)
+        return Chunk(self.program, dict(self.env), self.next_segment, wanted=self.wanted)
 
 
 class Stage:
