@@ -41,7 +41,7 @@ def write(record: Record, folder: Path) -> Path:
         (folder / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     log = "".join(f"{at:9.3f}  {line}\n" for at, line in record.log)
     (folder / f"{stem}.log").write_text(log, encoding="utf-8")
-    parts = [f"# {record.benchmark}: {record.title}", _verdict(record)]
+    parts = [f"# {record.benchmark}: {record.title}", verdict(record)]
     parts += [markdown(table) for table in entry.tables(record)]
     parts += _pictures(record, folder, stem)
     parts += ["## Checks", table_body(_checks(record)), "## Environment", table_body(_environment(record))]
@@ -50,7 +50,8 @@ def write(record: Record, folder: Path) -> Path:
     return path
 
 
-def _verdict(record: Record) -> str:
+def verdict(record: Record) -> str:
+    """Whether every answer was right, when it ran and how."""
     wrong = [check.name for check in record.checks if check.expected and not check.held]
     said = (
         "Every answer was right." if not wrong else f"**WRONG: {'; '.join(wrong)}.** What is wrong has no speed here."

@@ -14,6 +14,9 @@ from djinn_fx.benchmarks.context import Options
 from djinn_fx.benchmarks.registry import summaries
 from djinn_fx.benchmarks.tables import Table
 
+#: Tables that a run shows in the terminal: the first ones say the most.
+SHOWN = 2
+
 bench = typer.Typer(help="Benchmarks: exactness first, then speed.", no_args_is_help=False)
 
 
@@ -50,17 +53,28 @@ def report(
             for table in reports.side_by_side(one, other):
                 console.print(_rich(table))
             path = reports.write_side_by_side(one, other, out or first.parent)
+    except FileNotFoundError as error:
+        console.print(f"[bold red]no record[/bold red] at {error.filename}: give the JSON file that a run wrote.")
+        raise typer.Exit(2) from error
     except (OSError, ValueError) as error:
         console.print(f"[bold red]{type(error).__name__}[/bold red]: {error}")
         raise typer.Exit(2) from error
     console.print(str(path), soft_wrap=True)
 
 
-def run_one(name: str, options: Options, out: Path, console: Console) -> bool:
-    """Run a benchmark with progress, show its tables, write its files; returns whether every answer was right."""
+def run_one(name: str, options: Options, out: Path, console: Console, *, full: bool = False) -> bool:
+    """Run a benchmark with progress, show its telling tables, write its files; returns whether every answer was right.
+
+    Args:
+        name: of the benchmark.
+        options: how it runs.
+        out: folder for its files.
+        console: where to show it.
+        full: show every table and every comparison; they are in the report in any case.
+    """
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    from djinn_fx.benchmarks import registry
+    from djinn_fx.benchmarks import plots, registry
     from djinn_fx.benchmarks import report as reports
     from djinn_fx.benchmarks.record import save
 
@@ -72,14 +86,24 @@ def run_one(name: str, options: Options, out: Path, console: Console) -> bool:
         def told(line: str) -> None:
             first = line.partition("\n")[0]
             progress.update(task, description=f"{name}: {first[:80]}".replace("[", r"\["))
-            if first.startswith(("right", "WRONG", "Traceback")) or "absent" in first or "left out" in first:
+            loud = first.startswith(("WRONG", "Traceback")) or "absent" in first or "left out" in first
+            if loud or (full and first.startswith("right")):
                 progress.console.print(line, markup=False, highlight=False)
 
         record = registry.run(entry, options, told)
     path = save(record, out / registry.file_name(record))
-    for table in entry.tables(record):
+    written = reports.write(record, out)
+    tables = entry.tables(record)
+    for table in tables if full else tables[:SHOWN]:
         console.print(_rich(table))
-    console.print(f"{path}\n{reports.write(record, out)}", soft_wrap=True, markup=False)
+    if not full and len(tables) > SHOWN:
+        console.print(f"{len(tables) - SHOWN} more tables are in the report; --full shows them here.", style="dim")
+    why = plots.drawable()
+    if why is not None:
+        console.print(f"No pictures: {why}.", style="yellow", markup=False)
+    held = sum(check.held for check in record.checks)
+    console.print(f"{reports.verdict(record)} {held} of {len(record.checks)} comparisons held.", markup=False)
+    console.print(f"{path}\n{written}", soft_wrap=True, markup=False)
     return record.right
 
 
@@ -107,15 +131,16 @@ def _command(name: str) -> Callable[..., None]:
         seed: Annotated[int, typer.Option(help="Of weights, prompts and statistics.")] = default.seed,
         budget_seconds: Annotated[float | None, typer.Option(help="Begin no part after so many seconds.")] = None,
         peers: Annotated[bool, typer.Option(help="Run other systems too.")] = True,
+        depths: Annotated[str, typer.Option(help="compile: numbers of layers, such as 4,32.")] = default.depths,
+        full: Annotated[bool, typer.Option("--full", help="Show every table and comparison here.")] = False,
         out: Annotated[Path, typer.Option(help="Folder for JSON, report and pictures.")] = Path("bench"),
     ) -> None:
         from djinn_fx.errors import DjinnError
 
         console = Console()
         try:
-            right = run_one(
-                name, Options(model, device, dtype, backend, quick, seed, budget_seconds, peers), out, console
-            )
+            options = Options(model, device, dtype, backend, quick, seed, budget_seconds, peers, depths)
+            right = run_one(name, options, out, console, full=full)
         except (DjinnError, OSError, ValueError) as error:
             console.print(f"[bold red]{type(error).__name__}[/bold red]: {error}")
             raise typer.Exit(2) from error
