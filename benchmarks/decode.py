@@ -230,6 +230,7 @@ class Theirs:
         return dict(found)
 
     def _measure(self, peer: Peer) -> dict[str, Json]:
+        clock.fill_cache(self.loaded.device)
         decoder = peer.open(self.loaded, min(self.plan.room, self.loaded.room))
         try:
             return {key: self._work(peer, decoder, key) for key in ("plain", "scale", "read")}
