@@ -13,7 +13,7 @@ from djinn_fx.errors import InvalidValue
 from djinn_fx.passes.annotate import annotate
 from djinn_fx.passes.capture import capture_module, capture_step
 from djinn_fx.passes.codec import Captured
-from djinn_fx.passes.context import Cuts, Lower, PassContext
+from djinn_fx.passes.context import Cuts, Lower, Origin, PassContext, Stage
 from djinn_fx.passes.exports import ExportCache
 from djinn_fx.passes.graph import (
     CUT,
@@ -29,11 +29,12 @@ from djinn_fx.passes.identity import export_key
 from djinn_fx.passes.lower import CLASS, RUN, lower, lower_eager
 from djinn_fx.passes.projections import projections
 from djinn_fx.passes.roles import assign_roles
-from djinn_fx.passes.runner import Stage, run_passes
+from djinn_fx.passes.runner import run_passes
 from djinn_fx.passes.source import Inputs, Source, flatten_inputs, normalise_inputs
 from djinn_fx.passes.split import INPUTS, OUTPUTS, split
 from djinn_fx.passes.steer import steer
 from djinn_fx.passes.tables import at_this_shape, site_table
+from djinn_fx.passes.trace import Trace, record_build, versions
 from djinn_fx.passes.yields import LIVE, describe, segment_calls, yields
 from djinn_fx.program import PassRecord, Program, Segment
 from djinn_fx.sites import Site, SiteTable
@@ -120,9 +121,11 @@ def build(
         lower=lower,
         cuts=cuts,
         grouped=grouped,
+        origin=_origin(source, inputs, arenas),
     )
     stages = [stage for stage in _BUILD if grouped or stage.name != "projections"]
     gm, records = run_passes(gm, stages, ctx, captured.records)
+    record_build(Trace(source.model_type, (shape.rows, shape.query, shape.keep), variant, records, versions()))
     return _program(gm, ctx, records)
 
 
@@ -167,10 +170,17 @@ def _export(source: Source, shape: ProgramShape, arenas: Arenas, inputs: Inputs 
             Stage("annotate", "annotated", annotate),
             Stage("roles", "annotated", partial(assign_roles, clone=source.clone)),
         ]
-    ctx = PassContext(kind=source.kind, shape=shape, dtype=source.dtype)
+    ctx = PassContext(source.kind, shape, source.dtype, origin=_origin(source, inputs, arenas))
     empty = fx.GraphModule(nn.Module(), fx.Graph())
     empty.graph.output(())
     return Captured(*run_passes(empty, stages, ctx))
+
+
+def _origin(source: Source, inputs: Inputs | None, arenas: Arenas) -> Origin:
+    """What a report of a failing pass says about where the program comes from."""
+    module = source.clone if source.kind == "module" else None
+    size = (arenas[0][0].shape[0] - 1, arenas[0][0].shape[2] - 1) if arenas else (1, 1)
+    return Origin(source.model_type, source.config, module, inputs, size)
 
 
 _BUILD = (

@@ -20,7 +20,8 @@ from djinn_fx.passes.graph import (
 )
 from djinn_fx.passes.head import head
 from djinn_fx.passes.lower import lower
-from djinn_fx.passes.runner import Pass, Stage, run_passes
+from djinn_fx.passes.context import Pass, Stage
+from djinn_fx.passes.runner import run_passes
 from djinn_fx.passes.split import split
 from djinn_fx.passes.steer import steer
 from djinn_fx.passes.verify import VERIFIERS
