@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import fx, nn
@@ -102,31 +103,81 @@ def build(
         CaptureError: the model cannot be captured at this shape.
         InvalidValue: a shape or variant that does not exist for this model.
     """
-    inputs = source.example_inputs
-    if example_inputs is not None:
-        inputs = normalise_inputs(example_inputs)
-    _check_request(source, shape, variant)
-    captured = _captured(source, shape, arenas, inputs, store, exports)
-    gm = copy_graph(captured.graph)
-    ordered = sorted(sites, key=lambda site: site.order)
-    if source.kind == "module":
-        ordered = at_this_shape(gm, ordered)
-    ctx = PassContext(
-        kind=source.kind,
-        shape=shape,
-        dtype=source.dtype,
-        sites=tuple(ordered),
-        variant=variant,
-        rank=rank,
-        lower=lower,
-        cuts=cuts,
-        grouped=grouped,
-        origin=_origin(source, inputs, arenas),
-    )
-    stages = [stage for stage in _BUILD if grouped or stage.name != "projections"]
-    gm, records = run_passes(gm, stages, ctx, captured.records)
-    record_build(Trace(source.model_type, (shape.rows, shape.query, shape.keep), variant, records, versions()))
+    run = _Build(source, shape, sites, variant, rank, arenas, example_inputs, store, exports, cuts, grouped, lower)
+    gm, ctx, records = run.passes()
     return _program(gm, ctx, records)
+
+
+def passes_of(
+    source: Source,
+    shape: ProgramShape,
+    *,
+    sites: Sequence[Site],
+    variant: Variant,
+    rank: int,
+    arenas: Arenas = (),
+    store: CaptureStore | None = None,
+    stop_after: str | None = None,
+) -> tuple[PassRecord, ...]:
+    """Run the passes of a build, or those up to ``stop_after``, for their records' sake; see :func:`build`."""
+    return _Build(source, shape, sites, variant, rank, arenas, store=store).passes(stop_after)[2]
+
+
+@dataclass(frozen=True)
+class _Build:
+    """What :func:`build` was asked for."""
+
+    source: Source
+    shape: ProgramShape
+    sites: Sequence[Site]
+    variant: Variant
+    rank: int
+    arenas: Arenas
+    example_inputs: object = None
+    store: CaptureStore | None = None
+    exports: ExportCache | None = None
+    cuts: Cuts = "sites"
+    grouped: bool = False
+    lower: Lower = lower_eager
+
+    def passes(self, stop_after: str | None = None) -> tuple[fx.GraphModule, PassContext, tuple[PassRecord, ...]]:
+        """Run every pass, or those up to one."""
+        source, shape, inputs = self.source, self.shape, self.source.example_inputs
+        if self.example_inputs is not None:
+            inputs = normalise_inputs(self.example_inputs)
+        _check_request(source, shape, self.variant)
+        captured = _captured(source, shape, self.arenas, inputs, self.store, self.exports)
+        gm = copy_graph(captured.graph)
+        ordered = sorted(self.sites, key=lambda site: site.order)
+        if source.kind == "module":
+            ordered = at_this_shape(gm, ordered)
+        ctx = PassContext(
+            kind=source.kind,
+            shape=shape,
+            dtype=source.dtype,
+            sites=tuple(ordered),
+            variant=self.variant,
+            rank=self.rank,
+            lower=self.lower,
+            cuts=self.cuts,
+            grouped=self.grouped,
+            origin=_origin(source, inputs, self.arenas),
+        )
+        stages = [stage for stage in _BUILD if self.grouped or stage.name != "projections"]
+        records = _up_to(captured.records, stop_after)
+        if stop_after not in [record.name for record in captured.records]:
+            gm, records = run_passes(gm, _up_to(stages, stop_after), ctx, records)
+        record_build(Trace(source.model_type, (shape.rows, shape.query, shape.keep), self.variant, records, versions()))
+        return gm, ctx, records
+
+
+_Named = TypeVar("_Named", Stage, PassRecord)
+
+
+def _up_to(named: Sequence[_Named], last: str | None) -> tuple[_Named, ...]:
+    """The stages or records up to the one of this name; all where there is none."""
+    names = [each.name for each in named]
+    return tuple(named[: names.index(last) + 1] if last in names else named)
 
 
 def _captured(
@@ -191,6 +242,10 @@ _BUILD = (
     Stage("yields", "yielded", yields),
     Stage("lower", "lowered", lower),
 )
+
+
+#: Names of the passes of a build, in order; a language model has them all, but for ``projections``.
+PASSES = ("capture", "annotate", "roles", *(stage.name for stage in _BUILD))
 
 
 def _check_request(source: Source, shape: ProgramShape, variant: Variant) -> None:

@@ -1,7 +1,7 @@
 """Traces: the pass records of one build as a file of JSON lines, to be read later and on another machine.
 
 The first line says what was built. Each pass has a line that holds the graph after it; the graph before it is the one of the
-line above. The last line names the inputs, or says which pass failed.
+line above. The last line says which pass failed, if one did, and what the segments cost, if that was measured.
 """
 
 from __future__ import annotations
@@ -42,6 +42,27 @@ class Failure:
 
 
 @dataclass(frozen=True)
+class SegmentCost:
+    """What a segment was measured to cost.
+
+    Attributes:
+        name: of the segment.
+        microseconds: median time of a run.
+        kernels: kernels it launches; on the CPU without a compiler its ops.
+        fusions_lost: kernels more than if the cut behind it were not there; None at the end.
+        at_most: whether that is only a bound.
+        arming: microseconds that the tables of its site cost; None where there are none.
+    """
+
+    name: str
+    microseconds: float
+    kernels: int
+    fusions_lost: int | None
+    at_most: bool
+    arming: float | None
+
+
+@dataclass(frozen=True)
 class Trace:
     """The passes of one build.
 
@@ -52,6 +73,8 @@ class Trace:
         records: one per pass that ran, as far as they got.
         versions: of what made it.
         failure: the pass that ended it, or None.
+        costs: of the segments, where they were measured.
+        code: what Inductor generated, by segment, where somebody asked.
     """
 
     model: str
@@ -60,6 +83,8 @@ class Trace:
     records: tuple[PassRecord, ...]
     versions: Mapping[str, str] = field(default_factory=dict)
     failure: Failure | None = None
+    costs: tuple[SegmentCost, ...] = ()
+    code: Mapping[str, str] = field(default_factory=dict)
 
 
 def versions() -> dict[str, str]:
@@ -122,6 +147,8 @@ def read(path: Path) -> Trace:
             _records(first["before"], passes),
             first["versions"],
             failure,
+            tuple(SegmentCost(**each) for each in last["costs"]),
+            last["code"],
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, InvalidValue):
@@ -152,7 +179,12 @@ def _lines(trace: Trace) -> Iterator[dict[str, Any]]:
             "after": [tuple(vars(info).values()) for info in record.after],
             "segments": [asdict(segment) for segment in record.segments],
         }
-    yield {"end": True, "failure": None if trace.failure is None else asdict(trace.failure)}
+    yield {
+        "end": True,
+        "failure": None if trace.failure is None else asdict(trace.failure),
+        "costs": [asdict(cost) for cost in trace.costs],
+        "code": dict(trace.code),
+    }
 
 
 def _records(first: list[Any], passes: list[dict[str, Any]]) -> tuple[PassRecord, ...]:

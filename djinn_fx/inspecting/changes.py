@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from djinn_fx.errors import InvalidValue
 from djinn_fx.inspecting.fold import Line, differs, layer_of
-from djinn_fx.inspecting.names import references
+from djinn_fx.inspecting.names import has_role, references
 from djinn_fx.passes.trace import Trace
 from djinn_fx.program import NodeInfo, PassRecord, SegmentInfo
 from djinn_fx.sites import Site, SiteTable
-
-_PATH = re.compile(r"[a-z_]+(\.\d+)?")
-
 
 @dataclass(frozen=True)
 class Change:
@@ -27,25 +23,37 @@ class Change:
         removed: nodes that are gone.
         replaced: nodes whose readers now read another one, and which; they may be gone or still be there.
         changed: nodes that are there as before, with another op, arguments, form or name.
+        segments: whether more is known of the segments than before.
     """
 
     made: tuple[int, ...]
     removed: tuple[int, ...]
     replaced: tuple[tuple[int, int], ...]
     changed: tuple[int, ...]
+    segments: bool = False
 
     @property
     def any(self) -> bool:
         """Whether the pass changed anything."""
-        return bool(self.made or self.removed or self.replaced or self.changed)
+        return bool(self.made or self.removed or self.replaced or self.changed or self.segments)
 
     def __str__(self) -> str:
         parts = {"made": self.made, "removed": self.removed, "replaced": self.replaced, "changed": self.changed}
-        return ", ".join(f"{len(part)} {name}" for name, part in parts.items() if part) or "no change"
+        said = [f"{len(part)} {name}" for name, part in parts.items() if part]
+        return ", ".join(said + ["segments described"] * self.segments) or "no change"
+
+
+def changes(trace: Trace) -> list[Change]:
+    """What each pass did."""
+    found, known = [], tuple[SegmentInfo, ...]()
+    for record in trace.records:
+        found.append(replace(change(record), segments=record.segments != known))
+        known = record.segments
+    return found
 
 
 def change(record: PassRecord) -> Change:
-    """What one pass did."""
+    """What one pass did to its graph's nodes."""
     before, after = ({info.origin: info for info in side if info.origin > 0} for side in (record.before, record.after))
     result = [({i.origin: i for i in side if i.op == "output"}) for side in (record.before, record.after)]
     made = tuple(origin for origin in after if origin not in before)
@@ -81,7 +89,7 @@ def find_pass(trace: Trace, name: str) -> PassRecord:
 def site_names(trace: Trace) -> tuple[str, ...]:
     """Every name of a value that the trace knows, those with a role first."""
     found = dict.fromkeys(name for record in trace.records for info in record.after for name in info.site.split())
-    return tuple(sorted(found, key=lambda name: _PATH.fullmatch(name) is None))
+    return tuple(sorted(found, key=lambda name: not has_role(name)))
 
 
 def find_sites(trace: Trace, pattern: str) -> frozenset[str]:
@@ -90,12 +98,9 @@ def find_sites(trace: Trace, pattern: str) -> frozenset[str]:
     Raises:
         UnknownSite: with the nearest names.
     """
-    table = SiteTable(tuple(Site(name, order, (), role=_role(name)) for order, name in enumerate(site_names(trace))))
+    names = enumerate(site_names(trace))
+    table = SiteTable(tuple(Site(name, order, (), role=name if has_role(name) else None) for order, name in names))
     return frozenset(site.name for site in table.select(pattern))
-
-
-def _role(name: str) -> str | None:
-    return name.partition(".")[0] if _PATH.fullmatch(name) else None
 
 
 def layers(trace: Trace) -> tuple[int, ...]:

@@ -21,6 +21,7 @@ Tag = Literal["same", "made", "removed", "changed", "segment", "yield"]
 Layer = tuple[str, int]
 
 _LAYER = re.compile(r"(.*?)\.(\d+)(?:\.|$)")
+_LITERAL = re.compile(r"'([^']*)'")
 _ROLE = re.compile(r"([a-z_]\w*)\.(\d+)((?:[:.]\w+)?)")
 
 
@@ -212,7 +213,7 @@ def _node(info: NodeInfo | None, layer: Layer | None, said: partial[str]) -> obj
     if info is None:
         return None
     names = tuple(relative(name, layer) for name in info.site.split())
-    args = substitute(info.args, said)
+    args = _LITERAL.sub(lambda match: repr(relative(match[1], layer)), substitute(info.args, said))
     return info.target, args, relative(info.module, layer), names, info.shape, info.dtype
 
 

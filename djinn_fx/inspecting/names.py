@@ -11,7 +11,7 @@ from djinn_fx.program import NodeInfo
 
 #: A reference to another node, or a string literal, inside which nothing is one.
 _REFERENCE = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|%(\d+)")
-_KV = re.compile(r"kv\.(\d+)\.([kv])")
+_KV = re.compile(r"kv\.(\d+|\*)\.([kv])")
 _GETITEM = "<built-in function getitem>"
 _SHORT = {
     "float32": "f32",
@@ -25,9 +25,8 @@ _SHORT = {
     "bool": "b8",
 }
 
-#: Most names of one value that a line shows.
-MOST_NAMES = 3
-
+#: Roles that sites have; a module may be called like one only at the top of a model.
+_ROLE = re.compile(r"(?:(?:resid|attn|mlp)_[a-z]+\.\d+|embed|final_norm|logits)")
 
 def references(args: str) -> list[int]:
     """Origins of the nodes that an argument text reads, in order."""
@@ -42,11 +41,6 @@ def substitute(args: str, said: Callable[[int], str]) -> str:
 def form(dtype: str, shape: str) -> str:
     """Dtype and shape in short: ``f32[1, 1, 64]``."""
     return f"{_SHORT.get(dtype, dtype)}{shape}" if shape else ""
-
-
-def roles_first(names: str) -> list[str]:
-    """The names of a value, those with a role before the paths of modules."""
-    return sorted(names.split(), key=lambda name: (name.count(".") > 1 or ":" in name, name.count(".")))
 
 
 @dataclass(frozen=True)
@@ -111,7 +105,17 @@ def input_name(env: str, module: str = "") -> str:
 
 
 def remark(info: NodeInfo) -> str:
-    """What stands behind a line: the value's form and its names."""
-    names = roles_first(info.site)
-    shown = names[:MOST_NAMES] + ([f"+{len(names) - MOST_NAMES}"] if len(names) > MOST_NAMES else [])
-    return "  ".join(part for part in (form(info.dtype, info.shape), " ".join(shown)) if part)
+    """What stands behind a line: the value's form and its names.
+
+    Names with a role, if there are any; else the path of a module, unless it is the one that the line stands under.
+    """
+    names = info.site.split()
+    shown = [name for name in names if has_role(name)] or [name for name in names if name != info.module][:1]
+    more = len(names) - len(shown)
+    text = " ".join(shown) + (f" (+{more})" if shown and more else "")
+    return "  ".join(part for part in (form(info.dtype, info.shape), text) if part)
+
+
+def has_role(name: str) -> bool:
+    """Whether a site's name is a role's (``resid_post.6``), not a module's path."""
+    return _ROLE.fullmatch(name) is not None

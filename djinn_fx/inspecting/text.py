@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from djinn_fx.inspecting.changes import Where, change, check_layer, find_pass, find_sites, wanted
+from djinn_fx.inspecting.changes import Where, changes, check_layer, find_pass, find_sites, wanted
 from djinn_fx.inspecting.fold import Block, Line, blocks, diff_lines, graph_lines, relative
 from djinn_fx.inspecting.names import Names, form, input_name, remark
 from djinn_fx.passes.trace import Trace
@@ -48,9 +48,9 @@ def render(trace: Trace, asked: Asked) -> str:
         check_layer(trace, asked.layer)
     sites = None if asked.site is None else find_sites(trace, asked.site)
     chosen = trace.records if asked.after is None else (find_pass(trace, asked.after),)
-    parts = []
+    parts, did = [], changes(trace)
     for record in chosen:
-        what = change(record)
+        what = did[record.index]
         head = f"# == pass {record.index}: {record.name} == {what}; {record.verdict}"
         shown = what.any or asked.where == "all" or asked.after is not None
         if not shown:
@@ -128,7 +128,8 @@ def _segment_lines(line: Line, names: Names) -> Iterator[str]:
     assert segment is not None
     if line.tag == "segment":
         yield ""
-        yield f"  # -- {segment.name} --"
+        shared = f", compile class {segment.compile_class[:6]}" if segment.compile_class else ""
+        yield f"  # -- {segment.name}{shared} --"
         return
     if not segment.live and not segment.site:
         return
