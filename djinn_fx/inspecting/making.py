@@ -17,7 +17,7 @@ from djinn_fx.passes.lower import lower_eager
 from djinn_fx.passes.pipeline import PASSES, CaptureStore, build, discover, passes_of
 from djinn_fx.passes.report import PassFailed
 from djinn_fx.passes.source import Source, prepare
-from djinn_fx.passes.trace import Trace, versions
+from djinn_fx.passes.trace import Trace, read, versions
 from djinn_fx.program import Program
 from djinn_fx.sites import Site, SiteTable
 from djinn_fx.specs import ProgramShape, Variant
@@ -63,15 +63,53 @@ class Choice:
         return table.select(list(self.sites))
 
 
-def configuration_of(reference: str) -> Any:
+def configuration_of(reference: str, known: Sequence[str] = ()) -> Any:
     """The configuration of a model by path or hub id; its weights are not looked at.
 
+    Args:
+        reference: the path or hub id.
+        known: names of models that are built in, for the error.
+
     Raises:
-        OSError: transformers cannot find it.
+        InvalidValue: transformers cannot find it.
     """
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(reference)
+    try:
+        return AutoConfig.from_pretrained(reference)
+    except (OSError, ValueError) as error:
+        here = Path(reference).expanduser()
+        near = difflib.get_close_matches(reference, known, n=2)
+        near += [str(here.with_name(name)) for name in _neighbours(here)]
+        hint = f"nearest: {', '.join(near)}. " if near else ""
+        why = " ".join(str(error).split())[:200]
+        raise InvalidValue(
+            f"no model {reference!r}: {hint}Built in are {', '.join(known)}; else give a folder of transformers, or "
+            f"a hub id. transformers says: {why}"
+        ) from error
+
+
+def read_trace(path: Path) -> Trace:
+    """The recorded trace in a file.
+
+    Raises:
+        InvalidValue: there is none, with the nearest names; or it is damaged.
+    """
+    try:
+        return read(path)
+    except OSError as error:
+        near = _neighbours(path)
+        hint = f"nearest beside it: {', '.join(near)}" if near else "DJINN_TRACE=folder or --jsonl FILE records one"
+        raise InvalidValue(f"no trace at {path} ({error.strerror or error}); {hint}.") from error
+
+
+def _neighbours(path: Path) -> list[str]:
+    """Names beside a path that are like its own."""
+    try:
+        names = [each.name for each in path.parent.iterdir()]
+    except OSError:
+        return []
+    return difflib.get_close_matches(path.name, names, n=3)
 
 
 def hollow(config: Any) -> nn.Module:

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from djinn_fx.inspecting.changes import Where, changes, check_layer, find_pass, find_sites, wanted
-from djinn_fx.inspecting.fold import Block, Line, blocks, diff_lines, graph_lines, relative
+from djinn_fx.inspecting.fold import Block, Line, blocks, diff_lines, graph_lines
 from djinn_fx.inspecting.names import Names, form, input_name, remark
 from djinn_fx.passes.trace import Trace
-from djinn_fx.program import NodeInfo, PassRecord, SegmentInfo
+from djinn_fx.program import LiveInfo, NodeInfo, PassRecord, SegmentInfo
 
 #: Column at which remarks begin, if the code is shorter.
 COLUMN = 84
@@ -58,6 +58,31 @@ def render(trace: Trace, asked: Asked) -> str:
             continue
         parts.append("\n".join([head, *record_text(record, asked, sites)]))
     return "\n\n".join(parts)
+
+
+def heading(trace: Trace) -> str:
+    """What was built, in a line."""
+    rows, query, keep = trace.shape
+    shape = f"{rows} row(s) x {query} token(s), {keep} kept, " if rows else ""
+    made = ", ".join(f"{name} {version}" for name, version in trace.versions.items())
+    return f"{trace.model}: {shape}variant {trace.variant} ({made})"
+
+
+def failure_text(trace: Trace) -> str:
+    """Of a trace that ended in a failure: the graph before it, the message, and where the repro script is."""
+    failure = trace.failure
+    assert failure is not None
+    parts = [f"# the graph before {failure.name}, which failed"]
+    if trace.records:
+        last = trace.records[-1]
+        parts += record_text(last, Asked())
+    parts += [
+        "",
+        f"pass {failure.name!r} failed: {failure.message}",
+        f"The graph before it, the traceback and a script that fails in the same way: {failure.folder}",
+        f"python {failure.folder}/repro.py",
+    ]
+    return "\n".join(parts)
 
 
 def record_text(record: PassRecord, asked: Asked, sites: frozenset[str] | None = None) -> Iterator[str]:
@@ -134,15 +159,20 @@ def _segment_lines(line: Line, names: Names) -> Iterator[str]:
     if not segment.live and not segment.site:
         return
     where = f"yield {segment.site}" if segment.site else f"{segment.name} ends"
-    total = f"{segment.live_bytes} bytes alive" if segment.live else "not looked at yet"
+    total = f"{segment.live_bytes:,} bytes alive" if segment.live else "not looked at yet"
     yield f"  # {where}: {total}"
     for value in segment.live:
-        maker = names.by_origin.get(value.origin)
-        by = value.made_by or "the model itself"
-        by += f" ({maker.target.removesuffix('.default')})" if maker is not None else ""
-        alias = f", shares the storage of {value.alias_of}" if value.alias_of else ""
-        said = names.value(value.origin) if value.name.startswith("v.") else value.name
-        yield f"  #   {said}  {form(value.dtype, value.shape)}  {value.nbytes} bytes, made by {by}{alias}"
+        yield f"  #   {live_said(value, names)}"
+
+
+def live_said(value: LiveInfo, names: Names) -> str:
+    """A live value: its name, form, bytes and who made it."""
+    maker = names.by_origin.get(value.origin)
+    by = value.made_by or "the model itself"
+    by += f" ({maker.target.removesuffix('.default')})" if maker is not None and maker.op == "call_function" else ""
+    alias = f", shares the storage of {value.alias_of}" if value.alias_of else ""
+    said = names.value(value.origin) if value.name.startswith("v.") else value.name
+    return f"{said}  {form(value.dtype, value.shape)}  {value.nbytes:,} bytes, made by {by}{alias}"
 
 
 def _with_remark(code: str, behind: str) -> str:
@@ -210,6 +240,3 @@ def classes(segments: Iterable[SegmentInfo]) -> dict[str, int]:
     for segment in segments:
         found.setdefault(segment.compile_class, len(found))
     return found
-
-
-__all__ = ["Asked", "classes", "record_text", "relative", "render", "segment_nodes"]
