@@ -38,7 +38,9 @@ def inspect(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print what the page shows, as JSON.")] = False,
     page: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a page for a browser.")] = None,
-    jsonl: Annotated[Path | None, typer.Option(metavar="FILE", help="Record the passes, to be inspected later.")] = None,
+    jsonl: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Record the passes, to be inspected later.")
+    ] = None,
     on_failure: Annotated[
         bool, typer.Option("--on-failure", help="Print nothing, unless a pass fails: then the graph before it.")
     ] = False,
@@ -49,7 +51,9 @@ def inspect(
     code: Annotated[
         str | None, typer.Option(metavar="SEGMENT", help="Show Inductor's code of a segment: 3, or resid_post.3.")
     ] = None,
-    backend: Annotated[str, typer.Option(help="That --measure runs: eager, inductor; auto: inductor on CUDA.")] = "auto",
+    backend: Annotated[
+        str, typer.Option(help="That --measure runs: eager, inductor; auto: inductor on CUDA.")
+    ] = "auto",
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="Of the weights, e.g. bfloat16; auto: the model's own.")] = "auto",
     layers: Annotated[int | None, typer.Option(help="Another number of layers.")] = None,
@@ -133,15 +137,15 @@ class _Making:
         self.model, self.device, self.dtype, self.layers = model, device, dtype, layers
         self.choice = Choice(ProgramShape(rows, tokens, 1), variant, tuple(sites))  # type: ignore[arg-type]
 
-    def trace(
-        self, console: Console, stop_after: str | None, measure: bool, backend: str, code: str | None
-    ) -> Trace:
+    def trace(self, console: Console, stop_after: str | None, measure: bool, backend: str, code: str | None) -> Trace:
         """Read a recorded trace, or make a new one."""
         from djinn_fx.inspecting.making import is_trace, read_trace, trace_of
 
         if is_trace(self.model):
             if measure or code or stop_after:
-                raise InvalidValue("a recorded trace holds no weights: --measure, --code and --stop-after need a model.")
+                raise InvalidValue(
+                    "a recorded trace holds no weights: --measure, --code and --stop-after need a model."
+                )
             return read_trace(Path(self.model))
         if backend not in ("auto", "eager", "inductor"):
             raise InvalidValue(f"--backend {backend!r}: choose auto, eager or inductor.")

@@ -92,7 +92,9 @@ def _html(table: Table) -> str:
 
     def cells(kind: str, row: Sequence[str]) -> str:
         sides: Any = zip(row, table.left, strict=True)
-        inner = (f'<{kind} style="text-align:{"left" if left else "right"}">{html.escape(c)}</{kind}>' for c, left in sides)
+        inner = (
+            f'<{kind} style="text-align:{"left" if left else "right"}">{html.escape(c)}</{kind}>' for c, left in sides
+        )
         return f"<tr>{''.join(inner)}</tr>"
 
     body = "".join(cells("td", row) for row in table.rows)

@@ -1,4 +1,4 @@
-"""What a failing pass leaves behind: the graph before it, what it said, a trace, and a script that fails in the same way."""
+"""What a failing pass leaves behind: the graph before it, the message, a trace, and a script that fails alike."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Traces: the pass records of one build as a file of JSON lines, to be read later and on another machine.
 
-The first line says what was built. Each pass has a line that holds the graph after it; the graph before it is the one of the
-line above. The last line says which pass failed, if one did, and what the segments cost, if that was measured.
+The first line says what was built. Each pass has a line that holds the graph after it; the graph before it is the one
+of the line above. The last line says which pass failed, if one did, and what the segments cost, if that was measured.
 """
 
 from __future__ import annotations
@@ -108,7 +108,9 @@ def record_build(trace: Trace, environment: Mapping[str, str] = os.environ) -> P
         path.parent.mkdir(parents=True, exist_ok=True)
         return write(trace, path)
     except OSError as error:
-        raise InvalidValue(f"{VARIABLE}={folder!r}: {error}. Name a folder that can be written to, or unset it.") from error
+        raise InvalidValue(
+            f"{VARIABLE}={folder!r}: {error}. Name a folder that can be written to, or unset it."
+        ) from error
 
 
 def write(trace: Trace, path: Path) -> Path:
@@ -154,8 +156,8 @@ def read(path: Path) -> Trace:
         if isinstance(error, InvalidValue):
             raise
         raise InvalidValue(
-            f"{path}: not a whole trace ({type(error).__name__}: {error}). Traces are the .jsonl files that {VARIABLE}=folder "
-            "or `djinn-fx inspect MODEL --jsonl FILE` writes."
+            f"{path}: not a whole trace ({type(error).__name__}: {error}). Traces are the .jsonl files that "
+            f"{VARIABLE}=folder or `djinn-fx inspect MODEL --jsonl FILE` writes."
         ) from error
 
 

@@ -14,6 +14,7 @@ from djinn_fx.passes.trace import Trace
 from djinn_fx.program import NodeInfo, PassRecord, SegmentInfo
 from djinn_fx.sites import Site, SiteTable
 
+
 @dataclass(frozen=True)
 class Change:
     """What a pass did to the nodes of a graph, by origin; inputs count too.

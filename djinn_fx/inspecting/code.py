@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import warnings
 from collections.abc import Iterator
@@ -16,7 +17,9 @@ from djinn_fx.passes.inductor import InductorLowering
 from djinn_fx.program import Program, Segment
 
 #: A line of generated code that launches something: a C++ or Triton kernel, a library's product, an op of ours.
-_LAUNCH = re.compile(r"^\s+(?:(?:\w+ = )?(?:cpp_fused\w*|extern_kernels\.\w+|(?:torch\.ops\.|aten\.)[\w.]+)|\w+\.run)\(")
+_LAUNCH = re.compile(
+    r"^\s+(?:(?:\w+ = )?(?:cpp_fused\w*|extern_kernels\.\w+|(?:torch\.ops\.|aten\.)[\w.]+)|\w+\.run)\("
+)
 
 
 def find_segment(program: Program, wanted: str) -> Segment:
@@ -43,8 +46,7 @@ def generated_code(graph: fx.GraphModule) -> str:
     """
     seen: list[str] = []
     try:
-        with _listening(seen), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _listening(seen), _quiet():
             InductorLowering(options={"force_disable_caches": True})(copy_graph(graph))
     except Exception as error:
         raise InvalidValue(
@@ -70,7 +72,7 @@ def joined_launches(one: Segment, two: Segment) -> int:
 
 
 def joined(one: Segment, two: Segment) -> fx.GraphModule:
-    """Two neighbouring segments as one graph; it returns what the second does, and what later ones read of the first's."""
+    """Two neighbouring segments as one graph; it returns what the second does and what else is alive behind it."""
     graph = fx.Graph()
     env: dict[str, fx.Node] = {}
     both = [*one.inputs, *(name for name in two.inputs if name not in one.outputs)]
@@ -98,14 +100,27 @@ def joined(one: Segment, two: Segment) -> fx.GraphModule:
 
 
 @contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the remarks that nothing was kept on disk: it should not be."""
+    log = logging.getLogger("torch._inductor.standalone_compile")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(before)
+
+
+@contextmanager
 def _listening(seen: list[str]) -> Iterator[None]:
     """Keep the code that Inductor generates meanwhile: it hands it to a hook made for that."""
     from torch._inductor.graph import GraphLowering
 
     before = GraphLowering.save_output_code
-    GraphLowering.save_output_code = staticmethod(seen.append)  # type: ignore[method-assign, assignment]
+    GraphLowering.save_output_code = staticmethod(seen.append)
     try:
         yield
     finally:
-        GraphLowering.save_output_code = before  # type: ignore[method-assign]
-
+        GraphLowering.save_output_code = before

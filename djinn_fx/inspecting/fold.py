@@ -1,7 +1,7 @@
 """Lines of a recorded graph, or of what a pass did to it, cut into layers; equal layers are folded.
 
-Layers are told by the paths of modules (``model.layers.6.self_attn`` belongs to layer 6 of ``model.layers``). Two layers are
-equal if their lines are, once every number of a layer is replaced by its distance from the layer's own.
+Layers are told by the paths of modules (``model.layers.6.self_attn`` belongs to layer 6 of ``model.layers``). Two
+layers are equal if their lines are, once every number of a layer is replaced by its distance from the layer's own.
 """
 
 from __future__ import annotations

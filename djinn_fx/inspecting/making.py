@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ class Choice:
         rank: slots of rank edits.
     """
 
-    shape: ProgramShape = ProgramShape(1, 1, 1)
+    shape: ProgramShape = field(default_factory=lambda: ProgramShape(1, 1, 1))
     variant: Variant = "armed"
     sites: Sequence[str] = ("resid_post",)
     rank: int = 4

@@ -5,10 +5,14 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import fx
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from djinn_fx.inspecting.code import joined_launches, launches
 from djinn_fx.inspecting.making import Choice, Subject, program_of
@@ -24,17 +28,19 @@ WARM, SECONDS, MOST_RUNS = 3, 1.0, 50
 
 #: Ops that Inductor calls as they are: nothing is fused into or across them.
 _OPAQUE = frozenset(
-    "linear mm bmm addmm matmul baddbmm convolution attention kv_write linears embedding copy_ view reshape "
-    "transpose permute slice expand unsqueeze squeeze".split()  # noqa: SIM905 - a table to be read, not a list
+    """
+    linear mm bmm addmm matmul baddbmm convolution attention kv_write linears embedding copy_
+    view reshape transpose permute slice expand unsqueeze squeeze
+    """.split()  # noqa: SIM905 - a table to be read, not a list
 )
 
 
 def measure(what: Subject, choice: Choice, backend: str, tell: Callable[[str], None]) -> tuple[SegmentCost, ...]:
     """Run a program at the start of a sequence and say what each segment costs.
 
-    Times are medians over runs of the whole program, armed and plain in turn; on CUDA by events, so that a segment whose
+    Times are medians over runs of the whole program, armed and plain in turn; on CUDA by events, so a segment whose
     kernels are shorter than their launches shows its launches. Kernels are counted by the profiler on CUDA; on the CPU
-    they are the ops of the eager backend, or what Inductor's code calls.
+    they are the computing ops of the eager backend, or what Inductor's code calls.
 
     Args:
         what: the model; weights that were never written give times of their own.
@@ -100,7 +106,7 @@ def _one_run(program: Program, env: Env) -> list[float]:
         _run(program, env, index)
         marks[index + 1].record()
     torch.cuda.synchronize()
-    return [one.elapsed_time(two) * 1e3 for one, two in zip(marks[:-1], marks[1:], strict=True)]
+    return [one.elapsed_time(two) * 1e3 for one, two in pairwise(marks)]
 
 
 def _run(program: Program, env: Env, index: int) -> None:
@@ -141,18 +147,35 @@ def _kernels(what: Subject, program: Program, backend: str) -> list[int]:
         return [counts[segment.compile_class] for segment in program.segments]
     env, found = _env(what, program), []
     for index in range(len(program.segments)):
-        _run(program, dict(env), index)  # made ready outside of the profile
-        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
-        with profile(activities=activities) as seen:
-            _run(program, env, index)
-            if cuda:
-                torch.cuda.synchronize()
-        events = [e for e in seen.events() or () if not e.name.startswith(("cuda", "[memory]", "ProfilerStep"))]
-        if cuda:
-            found.append(sum(e.device_type == torch.autograd.DeviceType.CUDA for e in events))
-        else:
-            found.append(sum(e.cpu_parent is None for e in events))
+        _run(program, dict(env), index)  # made ready outside of the count
+        found.append(_device_kernels(program, env, index) if cuda else _computing_ops(program, env, index))
     return found
+
+
+def _device_kernels(program: Program, env: Env, index: int) -> int:
+    """What a segment launches on the device, copies and fills included."""
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+        _run(program, env, index)
+        torch.cuda.synchronize()
+    return sum(event.device_type is DeviceType.CUDA for event in seen.events() or ())
+
+
+def _computing_ops(program: Program, env: Env, index: int) -> int:
+    """Ops of a segment that compute: those that only look at memory in another way are none."""
+    counter = _Counter()  # type: ignore[no-untyped-call]
+    with counter:
+        _run(program, env, index)
+    return counter.count
+
+
+class _Counter(TorchDispatchMode):
+    """Counts ops that are no views."""
+
+    count: int = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
 
 
 def _lost(program: Program, backend: str, tell: Callable[[str], None]) -> list[int | None]:
@@ -162,15 +185,19 @@ def _lost(program: Program, backend: str, tell: Callable[[str], None]) -> list[i
     across the cut that a compiler could have fused.
     """
     found: list[int | None] = []
+    alone: dict[str, int] = {}
     known: dict[tuple[str, str], int] = {}
-    for one, two in zip(program.segments, program.segments[1:], strict=False):
+    for one, two in pairwise(program.segments):
         pair = (one.compile_class, two.compile_class)
         if backend != "inductor":
             found.append(fusable_reads(one.graph, two.graph, one.outputs, two.inputs))
             continue
         if pair not in known:
             tell(f"compiling {one.name} and {two.name} as one")
-            known[pair] = launches(one.graph) + launches(two.graph) - joined_launches(one, two)
+            for segment in (one, two):
+                if segment.compile_class not in alone:
+                    alone[segment.compile_class] = launches(segment.graph)
+            known[pair] = alone[pair[0]] + alone[pair[1]] - joined_launches(one, two)
         found.append(known[pair])
     return [*found, None]
 

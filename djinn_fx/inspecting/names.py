@@ -28,6 +28,7 @@ _SHORT = {
 #: Roles that sites have; a module may be called like one only at the top of a model.
 _ROLE = re.compile(r"(?:(?:resid|attn|mlp)_[a-z]+\.\d+|embed|final_norm|logits)")
 
+
 def references(args: str) -> list[int]:
     """Origins of the nodes that an argument text reads, in order."""
     return [int(match[1]) for match in _REFERENCE.finditer(args) if match[1]]
@@ -88,7 +89,7 @@ class Names:
 
 
 def input_name(env: str, module: str = "") -> str:
-    """What an input is called: ``self.weight`` by its own module, ``w["path"]`` elsewhere, ``kv[6].k``, ``edits["site"].tap``."""
+    """What an input is called: ``kv[6].k``, ``edits["site"].tap``, ``w["path"]``, or ``self.weight``."""
     kind, _, rest = env.partition(".")
     if kind in ("w", "c") and rest:
         own = rest.removeprefix(f"{module}.")

@@ -92,9 +92,10 @@ def _line(line: Line, before: Names, after: Names) -> dict[str, Any]:
     if line.segment is not None:
         segment = line.segment
         if line.tag == "segment":
-            return {"t": "segment", "r": segment.name}
+            shared = f", compile class {segment.compile_class[:6]}" if segment.compile_class else ""
+            return {"t": "segment", "n": segment.name, "r": segment.name + shared}
         where = f"yield {segment.site}" if segment.site else f"{segment.name} ends"
-        return {"t": "yield", "r": where, "v": [live_said(value, after) for value in segment.live]}
+        return {"t": "yield", "n": segment.name, "r": where, "v": [live_said(value, after) for value in segment.live]}
     node = line.node
     assert node is not None
     found: dict[str, Any] = {"t": line.tag, "m": "" if node.op == "output" else node.module or "the model itself"}

@@ -81,7 +81,16 @@ def _segments(trace: Trace) -> Table:
             str(numbers[first.compile_class]) if first.compile_class else "-",
         )
         rows.append(row + (_cost(costs[first.name]) if costs else ()))
-    columns: tuple[str, ...] = ("segment", "layer", "ends at", "nodes", "weights", "weight bytes", "live bytes", "class")
+    columns: tuple[str, ...] = (
+        "segment",
+        "layer",
+        "ends at",
+        "nodes",
+        "weights",
+        "weight bytes",
+        "live bytes",
+        "class",
+    )
     if costs:
         columns += ("us", "kernels", "fusions lost", "arming us")
     left = tuple(name == "ends at" for name in columns)

@@ -90,9 +90,9 @@ function showBlock(rows, block, one) {
   const plain = (line) => line.t === "same";
   const lines = block.lines;
   const near = new Set();
-  const quiet = lines.every((line) => plain(line) || line.segment || line.t === "segment" || line.t === "yield");
   lines.forEach((line, index) => {
-    if (!plain(line)) for (let i = index - CONTEXT; i <= index + CONTEXT; i++) near.add(i);
+    const far = line.t === "segment" || line.t === "yield" ? 1 : CONTEXT;
+    if (!plain(line)) for (let i = index - far; i <= index + far; i++) near.add(i);
   });
   let module = null;
   let hidden = [];
@@ -122,14 +122,13 @@ function showBlock(rows, block, one) {
   });
   flush();
   if (block.fold) rows.append(make("div", { class: "wide fold" }, block.fold));
-  return quiet;
 }
 
 function showLine(rows, line, module, block) {
   if (line.t === "segment" || line.t === "yield") {
     const said = make("div", { class: `wide ${line.t}` }, line.r);
     for (const value of line.v || []) said.append(make("div", { class: "remark" }, `    ${value}`));
-    said.dataset.segment = line.r;
+    said.dataset.segment = line.n;
     rows.append(said);
     return null;
   }
@@ -212,12 +211,12 @@ function mark() {
 function columns() {
   const found = [
     ["#", (s, i) => i], ["ends at", (s) => s.site || "—", "t"], ["layer", (s) => s.layer ?? ""], ["nodes", (s) => s.nodes],
-    ["weights", (s) => `${s.weights} · ${bytes(s.weight_bytes)}`], ["live", (s) => bytes(s.bytes)],
+    ["weights", (s) => bytes(s.weight_bytes)], ["live", (s) => bytes(s.bytes)],
   ];
   if (measured) {
     found.push(["µs", (s) => s.cost.microseconds.toFixed(1)], ["kernels", (s) => s.cost.kernels],
-      ["fusions lost", (s) => (s.cost.fusions_lost === null ? "" : `${s.cost.at_most ? "≤ " : ""}${s.cost.fusions_lost}`)],
-      ["arming µs", (s) => (s.cost.arming === null ? "" : s.cost.arming.toFixed(1))]);
+      ["lost", (s) => (s.cost.fusions_lost === null ? "" : `${s.cost.at_most ? "≤ " : ""}${s.cost.fusions_lost}`)],
+      ["arming", (s) => (s.cost.arming === null ? "" : s.cost.arming.toFixed(1))]);
   }
   return found;
 }
@@ -228,7 +227,8 @@ function showTable() {
   const rows = data.segments.map((segment, index) => make("tr", { "data-index": index, on: () => chooseSegment(index, true) },
     make("td", {}, make("span", { class: "chip", style: `background: var(--c${segment.class % 8})`, title: `compile class ${segment.class}` })),
     ...shown.map(([, value, kind]) => make("td", { class: kind }, String(value(segment, index))))));
-  at("table").replaceChildren(make("table", {}, make("thead", {}, head), make("tbody", {}, ...rows)));
+  const terms = "lost: fusions lost at the cut behind it; arming: microseconds of its site's tables";
+  at("table").replaceChildren(make("table", { title: measured ? terms : null }, make("thead", {}, head), make("tbody", {}, ...rows)));
 }
 
 function chooseSegment(index, jump) {
@@ -246,13 +246,14 @@ function chooseSegment(index, jump) {
   const same = data.segments.filter((other) => other.class === segment.class).length;
   const shares = same > 1 ? `shares its compilation with ${same - 1} other${same > 2 ? "s" : ""}` : "compiled for itself";
   const steered = [segment.edited ? "edited" : "", segment.tapped ? "tapped" : ""].filter(Boolean).join(" and ");
-  at("detail").replaceChildren(
+  at("detail").replaceChildren(...[
     make("h3", {}, `${segment.name} ${where}`),
-    make("div", {}, `class ${segment.class}, ${shares}${steered ? `; its site can be ${steered}` : ""}`),
+    make("div", {}, `${segment.weights} weights (${bytes(segment.weight_bytes)}); class ${segment.class}, ${shares}${steered ? `; its site can be ${steered}` : ""}`),
     make("div", {}, segment.live.length ? `alive behind it: ${bytes(segment.bytes)}` : "nothing is alive behind it"),
+    segment.cost && segment.cost.arming !== null ? make("div", {}, `arming its site costs ${segment.cost.arming.toFixed(1)} µs; fusions lost at the cut: ${segment.cost.at_most ? "at most " : ""}${segment.cost.fusions_lost ?? 0}`) : null,
     make("ul", {}, ...segment.live.map((value) => make("li", {}, value))),
     segment.code ? make("details", {}, make("summary", {}, "Inductor's code"), make("pre", {}, segment.code)) : null,
-  );
+  ].filter(Boolean));
 }
 
 // -- strip ---------------------------------------------------------------------------------------
@@ -350,4 +351,5 @@ showPasses();
 showStrip();
 showTable();
 showDiff();
+document.body.classList.toggle("measured", measured);
 document.body.dataset.ready = "true";
