@@ -157,7 +157,7 @@ def _device_kernels(program: Program, env: Env, index: int) -> int:
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
         _run(program, env, index)
         torch.cuda.synchronize()
-    return sum(event.device_type is DeviceType.CUDA for event in seen.events() or ())
+    return sum(event.device_type == DeviceType.CUDA for event in seen.events() or ())
 
 
 def _computing_ops(program: Program, env: Env, index: int) -> int:

@@ -191,19 +191,20 @@ function search(step) {
   state.site = name;
   if (segment >= 0) chooseSegment(segment, false);
   const shown = mark();
-  at("found").textContent = `${name} (${state.match + 1} of ${found.length})${shown ? "" : ": not in this pass"}`;
+  at("found").textContent = `${name} (${state.match + 1} of ${found.length})${shown}`;
 }
 
 function mark() {
   for (const old of at("diff").querySelectorAll(".marked")) old.classList.remove("marked");
-  if (!state.site) return false;
+  if (!state.site) return "";
   for (const place of [...at("diff").querySelectorAll(".wide[data-sites]")]) {
     if (stands(JSON.parse(place.dataset.sites), place.block, state.site)) place.open();
   }
   const cells = [...at("diff").querySelectorAll(".rows > div")].filter((cell) => stands(cell.sites, cell.block, state.site));
   for (const cell of cells) cell.classList.add("marked");
   if (cells.length) cells[cells.length - 1].scrollIntoView({ block: "center" });
-  return cells.length > 0;
+  if (!cells.length) return ": not in this pass";
+  return cells.some((cell) => cell.sites.includes(state.site)) ? "" : `: shown by its equal in layer ${cells[0].block.layer}`;
 }
 
 // -- segments ------------------------------------------------------------------------------------
