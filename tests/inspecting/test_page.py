@@ -53,7 +53,7 @@ def opened(browser: Any, path: Path, scheme: str = "light") -> tuple[Any, list[s
     wrong: list[str] = []
     view.on("console", lambda message: wrong.append(message.text))
     view.on("pageerror", lambda error: wrong.append(str(error)))
-    view.on("request", lambda request: None if request.url.startswith(("file:", "data:")) else wrong.append(request.url))
+    view.on("request", lambda r: None if r.url.startswith(("file:", "data:")) else wrong.append(r.url))
     view.goto(path.as_uri())
     view.wait_for_selector("body[data-ready]")
     return view, wrong
@@ -78,7 +78,7 @@ def test_it_opens(browser: Any, paths: dict[str, Path], name: str, scheme: str) 
     assert view.locator("#table tr[data-index]").count() == layers + 1
     assert view.locator("#strip .edited").count() == view.locator("#strip .tapped").count() == layers
     assert view.locator("nav button b").all_inner_texts()[:3] == ["capture", "annotate", "roles"]
-    inside = "document.documentElement.scrollHeight <= innerHeight && document.documentElement.scrollWidth <= innerWidth"
+    inside = "((root) => root.scrollHeight <= innerHeight && root.scrollWidth <= innerWidth)(document.documentElement)"
     assert view.evaluate(inside)
     ground = view.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (ground == "rgb(20, 23, 27)") == (scheme == "dark")
@@ -137,4 +137,3 @@ def test_all_lines_and_folded_ones(browser: Any, paths: dict[str, Path]) -> None
     assert "layers 2-30 of model.layers: identical to layer 1" in view.locator("#diff").inner_text()
     assert wrong == []
     view.close()
-
