@@ -42,7 +42,7 @@ def run(context: Context) -> dict[str, Json]:
 
     quick, depths = context.options.quick, depths_of(context)
     kinds = KINDS if context.options.peers else {"djinn": KINDS["djinn"]}
-    built_in = models._configuration(context.options.model) is not None
+    built_in = models.configuration(context.options.model) is not None
     if not built_in:
         context.say(f"{context.options.model} has one depth only")
     rows = []

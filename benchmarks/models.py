@@ -82,7 +82,7 @@ def load(name: str, device: torch.device, dtype: torch.dtype, seed: int = 0, lay
         OSError: transformers finds no such model.
         ValueError: ``layers`` for a model that has weights of its own.
     """
-    config = _configuration(name)
+    config = configuration(name)
     if config is not None:
         if layers is not None:
             config.num_hidden_layers = layers
@@ -98,8 +98,8 @@ def load(name: str, device: torch.device, dtype: torch.dtype, seed: int = 0, lay
     return Loaded(name, model, device, count, int(text.vocab_size), room, path)
 
 
-def _configuration(name: str) -> Any:
-    """The configuration of a built-in name, or None."""
+def configuration(name: str) -> Any:
+    """The configuration of a model that is built here (``gpt2``, ``llama-8b-shape``, ``tiny``), or None."""
     from transformers import GPT2Config, LlamaConfig
 
     nothing: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None}

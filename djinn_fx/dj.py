@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -36,6 +36,9 @@ from djinn_fx.runtime.session import Session
 from djinn_fx.runtime.stop import Stop
 from djinn_fx.sites import Site, SiteTable
 from djinn_fx.specs import Breakpoint, Edit, ProgramShape, Variant
+
+if TYPE_CHECKING:
+    from djinn_fx.explain import Explanation
 
 
 class Dj(Looking):
@@ -273,11 +276,11 @@ class Dj(Looking):
                 "pinned_capacity": engine.pool.capacity,
             }
 
-    def explain(self) -> str:
-        """A summary of the compiled program: passes, segments and what crosses each yield point."""
+    def explain(self) -> Explanation:
+        """A summary of the compiled program: a text for ``print``, a table in a terminal, HTML in a notebook."""
         from djinn_fx.explain import explain
 
-        return explain(self.program)
+        return explain(self.program, self.engine.identity.model_type)
 
     def close(self) -> None:
         """Close every session and refuse further work; the KV arena goes with the object."""

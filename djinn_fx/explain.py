@@ -1,35 +1,102 @@
-"""A program explained in text: its passes, its segments and what crosses each yield point."""
+"""A program explained: its passes, its segments and what crosses each yield point."""
 
 from __future__ import annotations
 
-from djinn_fx.program import Program, Segment
+import html
+import io
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich import box
+from rich.console import Console, Group
+from rich.table import Table as RichTable
+
+from djinn_fx.inspecting.making import trace_of_program
+from djinn_fx.inspecting.tables import Table, tables
+from djinn_fx.inspecting.text import heading
+from djinn_fx.passes.trace import Trace
+from djinn_fx.program import Program
+
+#: Columns of a summary where there is no terminal that says how many it has.
+WIDTH = 140
 
 
-def explain(program: Program) -> str:
-    """A summary of a program for a terminal."""
-    shape = program.shape
-    lines = [f"program {shape.rows} row(s) x {shape.query} token(s), variant {program.variant}"]
-    lines += ["", "passes"]
-    for record in program.records:
-        change = f"{len(record.before):5d} -> {len(record.after):5d} nodes"
-        lines.append(
-            f"  {record.index:2d} {record.name:10s} {change}  {record.seconds * 1e3:7.1f} ms  {record.verdict}"
+@dataclass(frozen=True, repr=False)
+class Explanation:
+    """The summary of a program: a text by ``str``, a table in a terminal, HTML in a notebook.
+
+    Attributes:
+        trace: the passes and segments that it sums up.
+    """
+
+    trace: Trace
+
+    def __str__(self) -> str:
+        return "\n\n".join([heading(self.trace), *(plain(table) for table in tables(self.trace))])
+
+    def __repr__(self) -> str:
+        """As a terminal shows it, in colours where it has some."""
+        if not getattr(sys.stdout, "isatty", bool)():
+            return str(self)
+        out = io.StringIO()
+        shown = Console()
+        Console(file=out, force_terminal=True, color_system="auto", width=shown.width).print(self)
+        return out.getvalue().rstrip()
+
+    def __rich__(self) -> Group:
+        """For ``rich.print``."""
+        return Group(f"[bold]{heading(self.trace)}[/bold]", *(rich_table(table) for table in tables(self.trace)))
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        parts = [f"<p><b>{html.escape(heading(self.trace))}</b></p>"]
+        parts += [_html(table) for table in tables(self.trace)]
+        return "\n".join(parts)
+
+
+def explain(program: Program, name: str = "program") -> Explanation:
+    """The summary of a program."""
+    return Explanation(trace_of_program(name, program))
+
+
+def plain(table: Table) -> str:
+    """A table as text, its columns aligned."""
+    rows: Sequence[Sequence[str]] = [table.columns, *table.rows]
+    widths = [max(len(row[index]) for row in rows) for index in range(len(table.columns))]
+
+    def said(row: Sequence[str]) -> str:
+        cells = [
+            cell.ljust(width) if left else cell.rjust(width)
+            for cell, width, left in zip(row, widths, table.left, strict=True)
+        ]
+        return ("  " + "  ".join(cells)).rstrip()
+
+    return "\n".join([table.title, *map(said, rows), *([f"  {table.note}"] if table.note else [])])
+
+
+def rich_table(table: Table) -> RichTable:
+    """A table for Rich."""
+    shown = RichTable(title=table.title, title_justify="left", caption=table.note or None, box=box.SIMPLE_HEAD)
+    shown.caption_justify = "left"
+    for name, left in zip(table.columns, table.left, strict=True):
+        shown.add_column(name, justify="left" if left else "right", overflow="fold")
+    for row in table.rows:
+        shown.add_row(*(cell.replace("[", r"\[") for cell in row))
+    return shown
+
+
+def _html(table: Table) -> str:
+    """A table in HTML that takes its colours from the notebook."""
+
+    def cells(kind: str, row: Sequence[str]) -> str:
+        sides: Any = zip(row, table.left, strict=True)
+        inner = (
+            f'<{kind} style="text-align:{"left" if left else "right"}">{html.escape(c)}</{kind}>' for c, left in sides
         )
-    lines += ["", "segments"]
-    classes: dict[str, int] = {}
-    for segment in program.segments:
-        group = classes.setdefault(segment.compile_class, len(classes))
-        lines.append(_segment(segment, group))
-    lines.append(f"{len(program.segments)} segments, {len(classes)} structurally different")
-    return "\n".join(lines)
+        return f"<tr>{''.join(inner)}</tr>"
 
-
-def _segment(segment: Segment, group: int) -> str:
-    nodes = sum(node.op == "call_function" for node in segment.graph.graph.nodes)
-    crossing = sum(value.nbytes for value in segment.live)
-    where = f"stops after {segment.site.name}" if segment.site is not None else "ends"
-    names = ", ".join(f"{value.name} {list(value.shape)}" for value in segment.live)
-    return (
-        f"  {segment.index:3d} class {group}  {nodes:4d} ops  {len(segment.weights):3d} weights  "
-        f"{crossing:8d} B live  {where}" + (f"  ({names})" if names else "")
-    )
+    body = "".join(cells("td", row) for row in table.rows)
+    note = f"<p>{html.escape(table.note)}</p>" if table.note else ""
+    return f"<table><caption>{html.escape(table.title)}</caption>{cells('th', table.columns)}{body}</table>{note}"

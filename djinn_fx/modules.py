@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,6 +17,9 @@ from djinn_fx.runtime.observe import Hook, HookPoint
 from djinn_fx.runtime.results import Cache
 from djinn_fx.sites import SiteTable
 from djinn_fx.specs import Breakpoint, ProgramShape
+
+if TYPE_CHECKING:
+    from djinn_fx.explain import Explanation
 
 
 def compile_module(module: nn.Module, example_inputs: Any, sites: str | Iterable[str] | None) -> DjModule:
@@ -117,11 +120,11 @@ class DjModule:
         """What each compiler pass did to :attr:`program`."""
         return self.program.records
 
-    def explain(self) -> str:
-        """A summary of the compiled program: passes, segments and what crosses each yield point."""
+    def explain(self) -> Explanation:
+        """A summary of the compiled program: a text for ``print``, a table in a terminal, HTML in a notebook."""
         from djinn_fx.explain import explain
 
-        return explain(self.program)
+        return explain(self.program, self._source.model_type)
 
     def _run(self, args: Any, kwargs: Any, sites: Any, breakpoints: Iterable[str | Breakpoint]) -> ModuleRun:
         self._guard.check()

@@ -133,7 +133,20 @@ class Program:
 
 @dataclass(frozen=True)
 class NodeInfo:
-    """One graph node as a record keeps it: text only, so that records cost little and outlive graphs."""
+    """One graph node as a record keeps it: text only, so that records cost little and outlive graphs.
+
+    Attributes:
+        origin: stamped once when the node is made, the same in every later graph; 0: the output; negative: the call of
+            a segment.
+        name: the node's own name, which passes may renumber.
+        op: ``"placeholder"``, ``"call_function"``, ``"call_module"`` (a segment) or ``"output"``.
+        target: the op; for an input its environment name.
+        args: the arguments as Python, another node written as ``%`` and its origin.
+        module: path of the module that made it; ``""``: the model itself.
+        site: the site whose value it is; before steering every name that it goes by, apart by spaces.
+        shape: of its tensor, ``"[1, 1, 64]"``; ``""`` where it makes none.
+        dtype: of its tensor, ``"float32"``.
+    """
 
     origin: int
     name: str
@@ -147,8 +160,74 @@ class NodeInfo:
 
 
 @dataclass(frozen=True)
+class LiveInfo:
+    """One value that is alive at a yield point.
+
+    Attributes:
+        name: environment name.
+        shape: ``"[1, 1, 64]"``.
+        dtype: ``"float32"``.
+        nbytes: its size.
+        made_by: path of the module that makes it; ``""``: the model itself.
+        origin: of the node that makes it.
+        alias_of: environment name of the value whose storage it shares, or None.
+    """
+
+    name: str
+    shape: str
+    dtype: str
+    nbytes: int
+    made_by: str
+    origin: int
+    alias_of: str | None
+
+
+@dataclass(frozen=True)
+class SegmentInfo:
+    """One segment as a record keeps it.
+
+    Attributes:
+        name: of its call, the target of a ``call_module`` node.
+        site: at whose yield point it ends; ``""``: the program's end, or a cut where nobody stops.
+        layer: the site's layer, or None.
+        inputs: environment names it reads.
+        outputs: environment names it makes.
+        weights: number of weights among the inputs.
+        weight_bytes: their size, each once.
+        live: what must survive it; empty before the pass that finds it.
+        compile_class: equal for segments that share a compilation; ``""`` before lowering.
+    """
+
+    name: str
+    site: str
+    layer: int | None
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    weights: int
+    weight_bytes: int
+    live: tuple[LiveInfo, ...]
+    compile_class: str
+
+    @property
+    def live_bytes(self) -> int:
+        """Bytes of the live values, storage that two of them share counted once."""
+        return sum(value.nbytes for value in self.live if value.alias_of is None)
+
+
+@dataclass(frozen=True)
 class PassRecord:
-    """What one pass did: the graph before and after, the time it took and the verdict of its stage's checks."""
+    """What one pass did.
+
+    Attributes:
+        index: rank among the passes.
+        name: of the pass.
+        stage: whose invariants were checked after it.
+        before: the graph that it was given.
+        after: the graph that it made.
+        seconds: what pass and checks took.
+        verdict: what the checks said.
+        segments: of the graph after it; empty before it is cut.
+    """
 
     index: int
     name: str
@@ -157,3 +236,4 @@ class PassRecord:
     after: tuple[NodeInfo, ...]
     seconds: float
     verdict: str
+    segments: tuple[SegmentInfo, ...] = ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import fx, nn
@@ -13,7 +14,7 @@ from djinn_fx.errors import InvalidValue
 from djinn_fx.passes.annotate import annotate
 from djinn_fx.passes.capture import capture_module, capture_step
 from djinn_fx.passes.codec import Captured
-from djinn_fx.passes.context import Cuts, Lower, PassContext
+from djinn_fx.passes.context import Cuts, Lower, Origin, PassContext, Stage
 from djinn_fx.passes.exports import ExportCache
 from djinn_fx.passes.graph import (
     CUT,
@@ -29,11 +30,12 @@ from djinn_fx.passes.identity import export_key
 from djinn_fx.passes.lower import CLASS, RUN, lower, lower_eager
 from djinn_fx.passes.projections import projections
 from djinn_fx.passes.roles import assign_roles
-from djinn_fx.passes.runner import Stage, run_passes
+from djinn_fx.passes.runner import run_passes
 from djinn_fx.passes.source import Inputs, Source, flatten_inputs, normalise_inputs
 from djinn_fx.passes.split import INPUTS, OUTPUTS, split
 from djinn_fx.passes.steer import steer
 from djinn_fx.passes.tables import at_this_shape, site_table
+from djinn_fx.passes.trace import Trace, record_build, versions
 from djinn_fx.passes.yields import LIVE, describe, segment_calls, yields
 from djinn_fx.program import PassRecord, Program, Segment
 from djinn_fx.sites import Site, SiteTable
@@ -101,29 +103,81 @@ def build(
         CaptureError: the model cannot be captured at this shape.
         InvalidValue: a shape or variant that does not exist for this model.
     """
-    inputs = source.example_inputs
-    if example_inputs is not None:
-        inputs = normalise_inputs(example_inputs)
-    _check_request(source, shape, variant)
-    captured = _captured(source, shape, arenas, inputs, store, exports)
-    gm = copy_graph(captured.graph)
-    ordered = sorted(sites, key=lambda site: site.order)
-    if source.kind == "module":
-        ordered = at_this_shape(gm, ordered)
-    ctx = PassContext(
-        kind=source.kind,
-        shape=shape,
-        dtype=source.dtype,
-        sites=tuple(ordered),
-        variant=variant,
-        rank=rank,
-        lower=lower,
-        cuts=cuts,
-        grouped=grouped,
-    )
-    stages = [stage for stage in _BUILD if grouped or stage.name != "projections"]
-    gm, records = run_passes(gm, stages, ctx, captured.records)
+    run = _Build(source, shape, sites, variant, rank, arenas, example_inputs, store, exports, cuts, grouped, lower)
+    gm, ctx, records = run.passes()
     return _program(gm, ctx, records)
+
+
+def passes_of(
+    source: Source,
+    shape: ProgramShape,
+    *,
+    sites: Sequence[Site],
+    variant: Variant,
+    rank: int,
+    arenas: Arenas = (),
+    store: CaptureStore | None = None,
+    stop_after: str | None = None,
+) -> tuple[PassRecord, ...]:
+    """Run the passes of a build, or those up to ``stop_after``, for their records' sake; see :func:`build`."""
+    return _Build(source, shape, sites, variant, rank, arenas, store=store).passes(stop_after)[2]
+
+
+@dataclass(frozen=True)
+class _Build:
+    """What :func:`build` was asked for."""
+
+    source: Source
+    shape: ProgramShape
+    sites: Sequence[Site]
+    variant: Variant
+    rank: int
+    arenas: Arenas
+    example_inputs: object = None
+    store: CaptureStore | None = None
+    exports: ExportCache | None = None
+    cuts: Cuts = "sites"
+    grouped: bool = False
+    lower: Lower = lower_eager
+
+    def passes(self, stop_after: str | None = None) -> tuple[fx.GraphModule, PassContext, tuple[PassRecord, ...]]:
+        """Run every pass, or those up to one."""
+        source, shape, inputs = self.source, self.shape, self.source.example_inputs
+        if self.example_inputs is not None:
+            inputs = normalise_inputs(self.example_inputs)
+        _check_request(source, shape, self.variant)
+        captured = _captured(source, shape, self.arenas, inputs, self.store, self.exports)
+        gm = copy_graph(captured.graph)
+        ordered = sorted(self.sites, key=lambda site: site.order)
+        if source.kind == "module":
+            ordered = at_this_shape(gm, ordered)
+        ctx = PassContext(
+            kind=source.kind,
+            shape=shape,
+            dtype=source.dtype,
+            sites=tuple(ordered),
+            variant=self.variant,
+            rank=self.rank,
+            lower=self.lower,
+            cuts=self.cuts,
+            grouped=self.grouped,
+            origin=_origin(source, inputs, self.arenas),
+        )
+        stages = [stage for stage in _BUILD if self.grouped or stage.name != "projections"]
+        records = _up_to(captured.records, stop_after)
+        if stop_after not in [record.name for record in captured.records]:
+            gm, records = run_passes(gm, _up_to(stages, stop_after), ctx, records)
+        record_build(Trace(source.model_type, (shape.rows, shape.query, shape.keep), self.variant, records, versions()))
+        return gm, ctx, records
+
+
+_Named = TypeVar("_Named", Stage, PassRecord)
+
+
+def _up_to(named: Sequence[_Named], last: str | None) -> tuple[_Named, ...]:
+    """The stages or records up to the one of this name; all where there is none."""
+    names = [each.name for each in named]
+    return tuple(named[: names.index(last) + 1] if last in names else named)
 
 
 def _captured(
@@ -167,10 +221,17 @@ def _export(source: Source, shape: ProgramShape, arenas: Arenas, inputs: Inputs 
             Stage("annotate", "annotated", annotate),
             Stage("roles", "annotated", partial(assign_roles, clone=source.clone)),
         ]
-    ctx = PassContext(kind=source.kind, shape=shape, dtype=source.dtype)
+    ctx = PassContext(source.kind, shape, source.dtype, origin=_origin(source, inputs, arenas))
     empty = fx.GraphModule(nn.Module(), fx.Graph())
     empty.graph.output(())
     return Captured(*run_passes(empty, stages, ctx))
+
+
+def _origin(source: Source, inputs: Inputs | None, arenas: Arenas) -> Origin:
+    """What a report of a failing pass says about where the program comes from."""
+    module = source.clone if source.kind == "module" else None
+    size = (arenas[0][0].shape[0] - 1, arenas[0][0].shape[2] - 1) if arenas else (1, 1)
+    return Origin(source.model_type, source.config, module, inputs, size)
 
 
 _BUILD = (
@@ -181,6 +242,10 @@ _BUILD = (
     Stage("yields", "yielded", yields),
     Stage("lower", "lowered", lower),
 )
+
+
+#: Names of the passes of a build, in order; a language model has them all, but for ``projections``.
+PASSES = ("capture", "annotate", "roles", *(stage.name for stage in _BUILD))
 
 
 def _check_request(source: Source, shape: ProgramShape, variant: Variant) -> None:

@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 from torch import fx
 
 from djinn_fx.errors import DjinnError, InternalError
-from djinn_fx.passes.context import PassContext
-from djinn_fx.passes.records import as_text, snapshot
+from djinn_fx.passes.context import PassContext, Stage
+from djinn_fx.passes.records import segments_of, snapshot
+from djinn_fx.passes.report import report
 from djinn_fx.passes.verify import VERIFIERS
-from djinn_fx.program import NodeInfo, PassRecord
-
-Pass = Callable[[fx.GraphModule, PassContext], fx.GraphModule]
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A pass, its name and the stage whose invariants hold after it."""
-
-    name: str
-    stage: str
-    run: Pass
+from djinn_fx.program import PassRecord
 
 
 def run_passes(
@@ -39,8 +27,8 @@ def run_passes(
         The resulting graph and ``records`` with one more record per pass.
 
     Raises:
-        InternalError: a pass failed or broke its stage's invariants; names the dump of the graph
-            before it.
+        InternalError: a pass failed or broke its stage's invariants; names the folder with the graph
+            before it and a script that fails in the same way.
     """
     done = list(records)
     before = done[-1].after if done else snapshot(gm)
@@ -54,23 +42,11 @@ def run_passes(
         except DjinnError as error:
             if not isinstance(error, InternalError):
                 raise
-            raise _breach(stage, error, before) from error
+            raise report(stage, error, done, before, ctx) from error
         except Exception as error:
-            raise _breach(stage, error, before) from error
+            raise report(stage, error, done, before, ctx) from error
         seconds = time.perf_counter() - start
         after = snapshot(gm)
-        done.append(PassRecord(len(done), stage.name, stage.stage, before, after, seconds, verdict))
+        done.append(PassRecord(len(done), stage.name, stage.stage, before, after, seconds, verdict, segments_of(gm)))
         before = after
     return gm, tuple(done)
-
-
-def _breach(stage: Stage, error: Exception, before: tuple[NodeInfo, ...]) -> InternalError:
-    """The error for a pass that failed, with the graph before it dumped to a file."""
-    with tempfile.NamedTemporaryFile(
-        "w", prefix=f"djinn-{stage.name}-", suffix=".txt", delete=False, encoding="utf-8"
-    ) as file:
-        file.write(as_text(before))
-    return InternalError(
-        f"pass {stage.name!r} broke stage {stage.stage!r}: {error}. This is a bug of djinn_fx. "
-        f"The graph before the pass is in {file.name}; please attach it to a report."
-    )

@@ -1,0 +1,1 @@
+"""Looking at what the compiler's passes did: renderers of pass records, which they only read."""
