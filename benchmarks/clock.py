@@ -98,15 +98,3 @@ def clear(device: Device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def fill_cache(device: Device, nbytes: int = 4 << 30) -> None:
-    """Let PyTorch's allocator hold so much free memory, in large pieces and in small ones.
-
-    A cache of keys and values that grows by a token asks for ever larger pieces. Fetching each from the driver took a
-    virtual machine some milliseconds, 24 times a token: that is what would be measured, at the first peer only.
-    """
-    if device.type == "cuda":
-        small = [torch.empty(1 << 20, dtype=torch.uint8, device=device) for _ in range(1024)]
-        large = torch.empty(nbytes, dtype=torch.uint8, device=device)
-        del small, large

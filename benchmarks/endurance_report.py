@@ -34,7 +34,7 @@ def _growth(part: Json) -> Table:
             continue
         levels = [mebibytes(part[when][kind]) if part[when] else "-" for when in ("before", "settled", "after")]
         verdict = ["-", "-"]
-        if part["grew"] is not None:
+        if part["grew"] is not None and kind in part["grew"]:
             grown = part["grew"][kind]
             verdict = [f"{grown:+,} bytes", yes(grown <= part["allowed"][kind])]
         rows.append([what, *levels, *verdict, mebibytes(part["allowed"][kind])])
