@@ -42,7 +42,7 @@ def room_of(module: str) -> str:
         return "scripts"  # they measure the rooms from within
     if head in ROOMS:
         return head
-    if head in ("cli", "cli_bench", "__main__"):
+    if head in ("cli", "cli_bench", "cli_debug", "__main__"):
         return "cli"
     return "foundation" if head in FOUNDATION else "face"
 
