@@ -17,7 +17,8 @@ class Place:
         position: absolute position, 0-based.
         tokens: the token of each run there; None where a run is shorter.
         best: the token that each run's logits make likeliest to come next; None where a run is shorter.
-        kl: KL divergence from the first run's next-token distribution to the second's, in nats; None where one is shorter.
+        kl: KL divergence from the first run's next-token distribution to the second's, in nats; or
+            None where one is shorter.
     """
 
     position: int
@@ -62,8 +63,8 @@ class RunDiff:
 def diff(run_a: Run, run_b: Run, *, dj: Dj) -> RunDiff:
     """Compare two runs, such as two forks of one.
 
-    Logits are computed anew, by the unedited model on each run's tokens: they tell how far the texts took the model apart,
-    not what an edit did to the logits of the same tokens.
+    Logits are computed anew, by the unedited model on each run's tokens: they tell how far the texts took
+    the model apart, not what an edit did to the logits of the same tokens.
 
     Args:
         run_a: the first run; finished or not.

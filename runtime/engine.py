@@ -231,7 +231,8 @@ class Engine:
             session.require_still()
             run = session.run
             if run is not None:
-                run.breakpoints = armed
+                kept = {id(point.spec): point for point in run.breakpoints}  # the same one goes on counting its times
+                run.breakpoints = [kept.get(id(point.spec), point) for point in armed]
                 if run.flight is not None:
                     run.flight.answers = None  # those of the old ones
 

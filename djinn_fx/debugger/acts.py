@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from djinn_fx.debugger import shows
+from djinn_fx.debugger.conditions import predicate
 from djinn_fx.debugger.echo import translate
-from djinn_fx.debugger.expressions import evaluate, parse, predicate
+from djinn_fx.debugger.expressions import evaluate, parse
 from djinn_fx.diff import diff
 from djinn_fx.errors import InvalidValue
 from djinn_fx.specs import break_at
@@ -49,14 +50,14 @@ def break_(d: Debugger, rest: str) -> None:
         python.append(f"when=lambda h: {translate(condition, {}, 'h')}")
     if times:
         python.append(f"times={times}")
-    point = Point(
-        break_at(site, when, times=int(times) if times else None), rest, f"djinn.break_at({', '.join(python)})"
-    )
+    number = d.made + 1
+    python_line = f"djinn.break_at({', '.join(python)})"
+    point = Point(break_at(site, when, times=int(times) if times else None), rest, f"b{number}")
     if missing:
         d.dj.add_sites(missing)
         d.say_python(f"dj.add_sites({missing!r})")
-    number = d.made + 1
     d.points[number] = point
+    d.say_python(f"b{number} = {python_line}")
     try:
         d.watch()
     except Exception:
@@ -84,20 +85,24 @@ def run(d: Debugger, rest: str) -> None:
     for number in d.sessions:
         d.say_python(f"s{number}.close()")
     d.close_sessions()
+    session = d.dj.session()
+    d.sessions[1], d.current = session, 1
+    begun = session.generate(prompt, max_new_tokens=d.max_new_tokens, breakpoints=d.specs())
     d.say_python(
         "s1 = dj.session()",
         f"run1 = s1.generate({prompt!r}, max_new_tokens={d.max_new_tokens}, breakpoints={d.specs_python()})",
         "stop1 = next(run1, None)",
     )
-    session = d.dj.session()
-    d.sessions[1], d.current = session, 1
-    d.arrived(next(session.generate(prompt, max_new_tokens=d.max_new_tokens, breakpoints=d.specs()), None))
+    d.arrived(next(begun, None))
 
 
 def continue_(d: Debugger, rest: str) -> None:
     """Go on to the next breakpoint."""
+    run = d.run
+    if run.finished:
+        raise InvalidValue("the run has finished; say `rewind POSITION SITE` or `run`.")
     d.say_python(f"stop{d.current} = next(run{d.current}, None)")
-    d.arrived(next(d.run, None))
+    d.arrived(next(run, None))
 
 
 def step(d: Debugger, rest: str) -> None:
@@ -112,9 +117,9 @@ def step(d: Debugger, rest: str) -> None:
 
 def print_(d: Debugger, rest: str) -> None:
     """Print an expression."""
-    names = d.names(rest)
+    value = evaluate(rest, d.names(rest))
     d.say_python(f"print({translate(rest, d.python_names(), f'stop{d.current}.value[-1]')})")
-    d.write(shows.value(evaluate(rest, names)))
+    d.write(shows.value(value))
 
 
 def set_(d: Debugger, rest: str) -> None:
@@ -252,12 +257,12 @@ def rewind(d: Debugger, rest: str) -> None:
 
 def lens(d: Debugger, rest: str) -> None:
     """The logit lens."""
-    at = f"stop{d.current}"
+    at, text = f"stop{d.current}", shows.lens(d.dj, d.stop)
     d.say_python(
         f'lens = dj.run_with_cache({at}.tokens, "resid_post", positions=-1, logits=False)[1].stack("resid_post", -1)',
         "print(dj.unembed(lens[:, 0]).softmax(-1).topk(3))",
     )
-    d.write(shows.lens(d.dj, d.stop))
+    d.write(text)
 
 
 def nan(d: Debugger, rest: str) -> None:

@@ -6,7 +6,8 @@ import ast
 import copy
 from collections.abc import Mapping
 
-from djinn_fx.debugger.expressions import FUNCTIONS, SUMMARIES, parse
+from djinn_fx.debugger.conditions import SUMMARIES
+from djinn_fx.debugger.expressions import FUNCTIONS, parse
 
 
 def translate(source: str, names: Mapping[str, str], h: str) -> str:

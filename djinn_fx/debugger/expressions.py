@@ -37,11 +37,74 @@ FUNCTIONS: Mapping[str, tuple[Callable[..., Any], str]] = {
     "cosine": (_cosine, "torch.nn.functional.cosine_similarity"),
     **{
         name: (getattr(torch, name), f"torch.{name}")
-        for name in ["abs", "argmax", "argmin", "exp", "isfinite", "isnan", "log", "max", "mean", "median", "min", "sigmoid", "sign", "softmax", "sqrt", "std", "sum", "tanh", "topk", "var"]
+        for name in [
+            "abs",
+            "argmax",
+            "argmin",
+            "exp",
+            "isfinite",
+            "isnan",
+            "log",
+            "max",
+            "mean",
+            "median",
+            "min",
+            "sigmoid",
+            "sign",
+            "softmax",
+            "sqrt",
+            "std",
+            "sum",
+            "tanh",
+            "topk",
+            "var",
+        ]
     },
 }
 METHODS = frozenset(
-    ["abs", "all", "any", "argmax", "argmin", "bool", "clamp", "clone", "cumsum", "dim", "double", "exp", "flatten", "float", "isfinite", "isinf", "isnan", "item", "log", "log_softmax", "long", "max", "mean", "median", "min", "norm", "numel", "relu", "round", "sigmoid", "sign", "size", "softmax", "sqrt", "square", "std", "sum", "t", "tanh", "topk", "var"]
+    [
+        "abs",
+        "all",
+        "any",
+        "argmax",
+        "argmin",
+        "bool",
+        "clamp",
+        "clone",
+        "cumsum",
+        "dim",
+        "double",
+        "exp",
+        "flatten",
+        "float",
+        "isfinite",
+        "isinf",
+        "isnan",
+        "item",
+        "log",
+        "log_softmax",
+        "long",
+        "max",
+        "mean",
+        "median",
+        "min",
+        "norm",
+        "numel",
+        "relu",
+        "round",
+        "sigmoid",
+        "sign",
+        "size",
+        "softmax",
+        "sqrt",
+        "square",
+        "std",
+        "sum",
+        "t",
+        "tanh",
+        "topk",
+        "var",
+    ]
 )
 FIELDS = frozenset(("T", "mT", "dtype", "indices", "shape", "values"))
 KEYWORDS = frozenset(("dim", "keepdim", "k", "largest", "min", "max", "descending"))
@@ -53,15 +116,6 @@ COMPARE: Mapping[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le,
     ast.Gt: operator.gt, ast.GtE: operator.ge,
 }  # fmt: skip
-
-#: Summaries of the activation by bare name, as Python on ``{h}``, one position's value.
-SUMMARIES: Mapping[str, str] = {
-    "norm": "torch.linalg.vector_norm({h}.float())",
-    "mean": "{h}.float().mean()",
-    "max": "{h}.float().max()",
-    "min": "{h}.float().min()",
-    "std": "{h}.float().std()",
-}
 
 
 def parse(source: str) -> ast.expr:
@@ -91,42 +145,6 @@ def evaluate(source: str | ast.expr, names: Mapping[str, Any]) -> Any:
         ExpressionError: with the column.
     """
     return _Evaluator(names).value(parse(source) if isinstance(source, str) else source)
-
-
-def predicate(source: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A ``when=`` for :func:`djinn_fx.break_at`: one position's ``[hidden]`` to a 0-d bool, fit for ``vmap``.
-
-    Raises:
-        ExpressionError: it cannot be read, or names what a predicate does not see.
-    """
-    tree = parse(source)
-    known = {"h", *SUMMARIES}
-    called = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Name) and id(node) not in called and node.id not in known:
-            raise ExpressionError(
-                f"a condition sees one position's h and {', '.join(SUMMARIES)}; it does not know {node.id!r}.",
-                node.col_offset + 1,
-            )
-
-    def when(h: torch.Tensor) -> torch.Tensor:
-        answer = evaluate(tree, {"h": h, **summaries(tree, h)})
-        if not isinstance(answer, torch.Tensor):
-            return torch.full_like(h.flatten()[0], bool(answer), dtype=torch.bool)
-        return answer.bool() if answer.dim() == 0 else answer
-
-    return when
-
-
-def summaries(tree: ast.AST, h: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Those of :data:`SUMMARIES` that the tree names, of one position's ``h``."""
-    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} & set(SUMMARIES)
-    wide = h.float()
-    make: dict[str, Callable[[], torch.Tensor]] = {
-        "norm": lambda: torch.linalg.vector_norm(wide), "mean": wide.mean, "max": wide.max, "min": wide.min,
-        "std": wide.std,
-    }  # fmt: skip
-    return {name: make[name]() for name in used}
 
 
 class _Evaluator:

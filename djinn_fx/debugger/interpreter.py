@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from djinn_fx.debugger import commands, shows
-from djinn_fx.debugger.expressions import ExpressionError, parse, summaries
+from djinn_fx.debugger.conditions import summaries
+from djinn_fx.debugger.expressions import ExpressionError, parse
 from djinn_fx.dj import Dj
 from djinn_fx.errors import DjinnError
 from djinn_fx.runtime.run import Run

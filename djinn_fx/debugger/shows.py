@@ -33,7 +33,8 @@ def numbers(h: torch.Tensor) -> str:
 
 def finished(run: Run) -> str:
     """How a run ended, and its text."""
-    return f"finished: {run.finish_reason}, {run.generated} tokens generated\n{(run.text or str(run.tokens.tolist())).strip()}"
+    text = (run.text or str(run.tokens.tolist())).strip()
+    return f"finished: {run.finish_reason}, {run.generated} tokens generated\n{text}"
 
 
 def value(thing: Any) -> str:
