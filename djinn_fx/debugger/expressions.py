@@ -130,7 +130,7 @@ def parse(source: str) -> ast.expr:
     try:
         tree = ast.parse(text, mode="eval").body
     except SyntaxError as error:
-        raise ExpressionError(f"not an expression: {error.msg}.", error.offset or 1) from None
+        raise ExpressionError(f"not an expression: {error.msg}.", error.offset or len(text) + 1) from None
     except (ValueError, RecursionError, MemoryError):
         raise ExpressionError("not an expression, or nested too deeply.", 1) from None
     if sum(1 for _ in ast.walk(tree)) > MAX_NODES:

@@ -1,7 +1,8 @@
-"""A conversation with the debugger over lines of text: a script, or a plain terminal."""
+"""A conversation with the debugger over lines of text: a script, or lines as they come; or with a screen."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 
 from djinn_fx.debugger.interpreter import Debugger
@@ -10,6 +11,11 @@ from djinn_fx.dj import Dj
 
 def converse(dj: Dj, lines: Iterable[str] | None, prompt: str, max_new_tokens: int, echo: bool, strict: bool) -> int:
     """Carry out a script, or lines as they are typed. Returns the exit status: 0, or 1 if a script's command failed."""
+    if lines is None and sys.stdin.isatty() and sys.stdout.isatty():
+        from djinn_fx.debugger.app import DebuggerApp
+
+        DebuggerApp(dj, prompt, max_new_tokens, echo=echo).run()
+        return 0
     debugger = Debugger(dj, print, prompt=prompt, max_new_tokens=max_new_tokens, echo=echo)
     if lines is not None:
         return debugger.run_script(lines, strict=strict)
