@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from djinn_fx.debugger import shows
 from djinn_fx.debugger.conditions import predicate
 from djinn_fx.debugger.echo import translate
-from djinn_fx.debugger.expressions import evaluate, parse
+from djinn_fx.debugger.expressions import BINARY, evaluate, parse
 from djinn_fx.diff import diff
 from djinn_fx.errors import InvalidValue
 from djinn_fx.specs import break_at
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 _BREAK = re.compile(r"(?P<site>\S+?)(?:\s+if\s+(?P<when>.+?))?(?:\s+times\s+(?P<times>\d+))?$")
 _SET = re.compile(r"(?P<target>h(?:\[.*?\])?)\s*(?P<op>[-+*/]?=)(?!=)\s*(?P<value>.+)$")
+
+
+_OPERATORS: Mapping[str, type[ast.operator]] = {"+=": ast.Add, "-=": ast.Sub, "*=": ast.Mult, "/=": ast.Div}
 
 
 def _number(text: str, what: str) -> int:
@@ -136,8 +140,7 @@ def set_(d: Debugger, rest: str) -> None:
     tree = parse(target)
     index: Any = ... if isinstance(tree, ast.Name) else _index(tree, names)
     old = new[index]
-    combined = {"=": lambda: amount, "+=": lambda: old + amount, "-=": lambda: old - amount,
-                "*=": lambda: old * amount, "/=": lambda: old / amount}[op]()  # fmt: skip
+    combined = amount if op == "=" else BINARY[_OPERATORS[op]](old, amount)
     new[index] = combined if not isinstance(combined, torch.Tensor) else combined.to(new.dtype)
     stop.value.copy_(new)
     python = d.python_names()
@@ -174,11 +177,12 @@ def steer(d: Debugger, rest: str) -> None:
         raise InvalidValue("steer SITE scale X | add FILE.safetensors [STRENGTH] | ablate FILE.")
     site, how, what = words[:3]
     session = d.session
+    options: dict[str, Any]
     if how == "scale":
         options, python = {"scale": float(what)}, f"scale={float(what)!r}"
     else:
         vector, load = _vector(what)
-        options, python = {how: vector}, f"{how}={load}"  # type: ignore[dict-item]
+        options, python = {how: vector}, f"{how}={load}"
         if len(words) == 4:
             options["strength"] = float(words[3])
             python += f", strength={float(words[3])!r}"

@@ -50,10 +50,8 @@ class DebuggerApp(App[None]):
             yield OptionList(id="layers", markup=False)
             with Vertical():
                 yield Static(id="site", markup=False)
-                yield RichLog(id="log", wrap=True, markup=False)
-        yield Input(
-            placeholder="help, break resid_post.1 if norm > 40, run, continue, step, print h[-1].norm()", id="line"
-        )
+                yield RichLog(id="log", wrap=True, min_width=0, markup=False)
+        yield Input(placeholder="help, break resid_post.1 if norm > 40, run, continue, step", id="line")
         yield Footer()
 
     def on_mount(self) -> None:
