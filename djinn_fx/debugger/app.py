@@ -62,10 +62,10 @@ class DebuggerApp(App[None]):
     def on_input_submitted(self, event: Input.Submitted) -> None:
         """Carry out the line, unless another is still running."""
         if self.busy.locked():
-            self._log("still running; Ctrl-C stops the run at its next step.")
+            self._tell("still running; Ctrl-C stops the run at its next step.")
             return
         event.input.value, line = "", event.value
-        self._log(f"(djinn) {line}")
+        self._tell(f"(djinn) {line}")
         self._carry_out(line)
 
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
@@ -82,9 +82,9 @@ class DebuggerApp(App[None]):
         self.call_from_thread(self._refresh)
 
     def _write(self, text: str) -> None:
-        self.call_from_thread(self._log, text)
+        self.call_from_thread(self._tell, text)
 
-    def _log(self, text: str) -> None:
+    def _tell(self, text: str) -> None:
         self.query_one("#log", RichLog).write(Text(text))
 
     def _refresh(self) -> None:
@@ -128,7 +128,7 @@ class DebuggerApp(App[None]):
             line.value = found[0] + " "
             line.cursor_position = len(line.value)
         elif found:
-            self._log("  ".join(item.rpartition(" ")[2] for item in found[:40]))
+            self._tell("  ".join(item.rpartition(" ")[2] for item in found[:40]))
 
     def action_recall(self, by: int) -> None:
         """An earlier or later line."""
