@@ -11,6 +11,7 @@ stop.value.mul_(0.9)
 from djinn_fx import when
 from djinn_fx._version import __version__
 from djinn_fx.api import check, compile
+from djinn_fx.diff import Place, RunDiff, diff
 from djinn_fx.dj import Dj
 from djinn_fx.errors import (
     CapacityError,
@@ -53,9 +54,11 @@ __all__ = [
     "InternalError",
     "InvalidPredicate",
     "InvalidValue",
+    "Place",
     "Receipt",
     "Result",
     "Run",
+    "RunDiff",
     "Session",
     "SessionBusy",
     "SessionClosed",
@@ -69,5 +72,6 @@ __all__ = [
     "break_at",
     "check",
     "compile",
+    "diff",
     "when",
 ]

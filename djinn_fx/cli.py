@@ -9,12 +9,14 @@ from rich.console import Console
 
 from djinn_fx._version import __version__
 from djinn_fx.cli_bench import bench
+from djinn_fx.cli_debug import debug
 from djinn_fx.cli_inspect import inspect
 from djinn_fx.errors import DjinnError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Breakpoints for compiled transformers.")
 app.add_typer(bench, name="bench")
 app.command()(inspect)
+app.command()(debug)
 
 
 def _version(asked: bool) -> None:

@@ -223,6 +223,19 @@ class Engine:
             session.adopt(run)
             return run
 
+    def watch(self, session: Session, breakpoints: Iterable[str | Breakpoint]) -> None:
+        """See :meth:`Session.watch`."""
+        armed = arm_breakpoints(breakpoints, self.table, self.sites, self.dtype, self.device)
+        with self.lock:
+            session.require_open()
+            session.require_still()
+            run = session.run
+            if run is not None:
+                kept = {id(point.spec): point for point in run.breakpoints}  # the same one goes on counting its times
+                run.breakpoints = [kept.get(id(point.spec), point) for point in armed]
+                if run.flight is not None:
+                    run.flight.answers = None  # those of the old ones
+
     def _require_room(self, session: Session, prompt: Sequence[int]) -> None:
         known, most = len(session.token_list), self.options.max_length
         if known > most or (known == most and prompt):

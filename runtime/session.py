@@ -151,6 +151,14 @@ class Session:
         """All tokens of the session, int64 ``[T]`` on the CPU."""
         return torch.tensor(self.token_list, dtype=torch.int64)
 
+    def watch(self, breakpoints: Iterable[str | Breakpoint]) -> None:
+        """Put ``breakpoints`` in the place of those of the session's newest run, from here on; a fork's run too.
+
+        Raises:
+            UnknownSite, SiteNotCompiled, InvalidPredicate, SessionClosed, SessionBusy.
+        """
+        self.engine.watch(self, breakpoints)
+
     # -- steering ------------------------------------------------------------------------------
 
     def steer(

@@ -1,0 +1,1 @@
+"""The debugger: ``djinn-fx debug``, its commands with and without a screen."""

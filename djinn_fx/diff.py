@@ -1,0 +1,106 @@
+"""Two runs side by side: where they part, and how far apart the model's predictions are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from djinn_fx.dj import Dj
+from djinn_fx.errors import InvalidValue
+from djinn_fx.runtime.run import Run
+
+
+@dataclass(frozen=True)
+class Place:
+    """One position of two runs.
+
+    Attributes:
+        position: absolute position, 0-based.
+        tokens: the token of each run there; None where a run is shorter.
+        best: the token that each run's logits make likeliest to come next; None where a run is shorter.
+        kl: KL divergence from the first run's next-token distribution to the second's, in nats; or
+            None where one is shorter.
+    """
+
+    position: int
+    tokens: tuple[int | None, int | None]
+    best: tuple[int | None, int | None]
+    kl: float | None
+
+
+@dataclass(frozen=True)
+class RunDiff:
+    """What :func:`diff` found; printed, a table.
+
+    Attributes:
+        tokens: all tokens of both sessions so far, the prompt included.
+        first_difference: first position at which the tokens differ or one run ends; None if they are equal.
+        places: every position, in order.
+        words: the text of each token that occurs, where there is a tokenizer.
+    """
+
+    tokens: tuple[tuple[int, ...], tuple[int, ...]]
+    first_difference: int | None
+    places: tuple[Place, ...]
+    words: tuple[tuple[int, str], ...] = ()
+
+    def __str__(self) -> str:
+        names = dict(self.words)
+
+        def word(token: int | None) -> str:
+            return "-" if token is None else repr(names[token]) if token in names else str(token)
+
+        first = self.first_difference
+        lines = ["same tokens" if first is None else f"tokens part at position {first}"]
+        lines.append(f"{'pos':>4}  {'first':<14} {'second':<14} {'first: next':<14} {'second: next':<14} KL (nats)")
+        for place in self.places:
+            cells = [word(token) for token in (*place.tokens, *place.best)]
+            mark = "*" if place.tokens[0] != place.tokens[1] else " "
+            kl = "" if place.kl is None else f"{place.kl:.4f}"
+            lines.append(f"{place.position:>4}{mark} " + " ".join(f"{cell:<14}" for cell in cells) + f" {kl}")
+        return "\n".join(lines)
+
+
+def diff(run_a: Run, run_b: Run, *, dj: Dj) -> RunDiff:
+    """Compare two runs, such as two forks of one.
+
+    Logits are computed anew, by the unedited model on each run's tokens: they tell how far the texts took
+    the model apart, not what an edit did to the logits of the same tokens.
+
+    Args:
+        run_a: the first run; finished or not.
+        run_b: the second.
+        dj: the compiled model of both.
+
+    Raises:
+        InvalidValue: a run is of another model, or has no tokens.
+        SessionClosed: the model was closed.
+    """
+    for run in (run_a, run_b):
+        if run.session.engine is not dj.engine:
+            raise InvalidValue("diff: a run is not of this compiled model; give both runs' own dj.")
+    sides = [run.session.tokens for run in (run_a, run_b)]
+    if not all(side.numel() for side in sides):
+        raise InvalidValue("diff: a run has no tokens yet.")
+    logits = [dj(side).logits[0].float().log_softmax(-1) for side in sides]
+    a, b = (tuple(side.tolist()) for side in sides)
+    best = [side.argmax(-1).tolist() for side in logits]
+    common = min(len(a), len(b))
+    gaps = (logits[0][:common].exp() * (logits[0][:common] - logits[1][:common])).nan_to_num(0.0).sum(-1).clamp_min(0)
+    apart = [i for i in range(common) if a[i] != b[i]]
+    first = apart[0] if apart else None if len(a) == len(b) else common
+    places = tuple(
+        Place(
+            i,
+            (a[i] if i < len(a) else None, b[i] if i < len(b) else None),
+            (best[0][i] if i < len(a) else None, best[1][i] if i < len(b) else None),
+            float(gaps[i]) if i < common else None,
+        )
+        for i in range(max(len(a), len(b)))
+    )
+    return RunDiff((a, b), first, places, _words(dj, {*a, *b, *best[0], *best[1]}))
+
+
+def _words(dj: Dj, tokens: set[int]) -> tuple[tuple[int, str], ...]:
+    if dj.engine.tokenizer is None:
+        return ()
+    return tuple((token, dj.engine.decode_text([token]) or "") for token in sorted(tokens))
