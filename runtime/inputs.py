@@ -47,6 +47,8 @@ class PromptBatch:
 
     def spread(self, values: Sequence[torch.Tensor]) -> torch.Tensor:
         """Rows ``[tokens, ...]`` put into the user's layout ``[B, width, ...]``, zeros at pads."""
+        if all(len(value) == self.width for value in values):
+            return torch.stack(list(values))  # no pads
         first = values[0]
         out = first.new_zeros((len(values), self.width, *first.shape[1:]))
         for row, (value, places) in enumerate(zip(values, self.places, strict=True)):
@@ -72,19 +74,23 @@ def prompt_batch(inputs: object, tokenizer: Tokenizer | None, vocab_size: int) -
     if isinstance(mask, torch.Tensor):
         mask = (mask != 0).long()  # masks may be bool or float
     rows = _rows(inputs, tokenizer)
-    masks = _rows(mask, None) if mask is not None else [[1] * len(row) for row in rows]
-    if [len(row) for row in masks] != [len(row) for row in rows]:
-        raise InvalidValue("attention_mask and input_ids differ in shape.")
-    places = [[i for i, seen in enumerate(row) if seen] for row in masks]
+    if mask is None:
+        places = [list(range(len(row))) for row in rows]
+    else:
+        masks = _rows(mask, None)
+        if [len(row) for row in masks] != [len(row) for row in rows]:
+            raise InvalidValue("attention_mask and input_ids differ in shape.")
+        places = [[i for i, seen in enumerate(row) if seen] for row in masks]
+    kept = []
     for row, where in zip(rows, places, strict=True):
         if where and where != list(range(where[0], where[-1] + 1)):
             raise InvalidValue(
                 "attention_mask hides a token between two visible ones; pads may stand left or right only."
             )
-        for token in (row[i] for i in where):
-            if not 0 <= token < vocab_size:
-                raise InvalidValue(f"token id {token} is outside the vocabulary of {vocab_size}.")
-    kept = [[row[i] for i in where] for row, where in zip(rows, places, strict=True)]
+        kept.append(row[where[0] : where[-1] + 1] if where else [])
+        if kept[-1] and not (0 <= min(kept[-1]) and max(kept[-1]) < vocab_size):
+            wrong = next(token for token in kept[-1] if not 0 <= token < vocab_size)
+            raise InvalidValue(f"token id {wrong} is outside the vocabulary of {vocab_size}.")
     return PromptBatch(kept, places, max((len(row) for row in rows), default=0))
 
 
@@ -96,7 +102,8 @@ def _rows(inputs: object, tokenizer: Tokenizer | None) -> list[list[int]]:
             raise InvalidValue(
                 f"token ids must be integers of shape [T] or [B, T], got {inputs.dtype} {tuple(inputs.shape)}."
             )
-        return [row.tolist() for row in (inputs[None] if inputs.dim() == 1 else inputs)]
+        found: list[list[int]] = (inputs[None] if inputs.dim() == 1 else inputs).tolist()
+        return found
     if isinstance(inputs, Sequence):
         items = list(inputs)
         if all(isinstance(item, int) and not isinstance(item, bool) for item in items):

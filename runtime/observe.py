@@ -19,7 +19,7 @@ from djinn_fx.runtime.inputs import PromptBatch
 from djinn_fx.runtime.programs import SMALLEST_CHUNK, ProgramCache, bucket
 from djinn_fx.runtime.segments import Env, run_segments
 from djinn_fx.runtime.steps import Step
-from djinn_fx.runtime.tables import BatchRow, step_inputs
+from djinn_fx.runtime.tables import BatchRow, site_row, step_inputs
 from djinn_fx.sites import Site, SiteTable
 from djinn_fx.specs import ProgramShape
 
@@ -91,7 +91,7 @@ class Observer:
                 f"a prompt has {max(lengths)} tokens, but the model was compiled for max_length={self.max_length}."
             )
         rows = bucket(len(lengths))
-        arena = KVArena(self.kv, rows, max(lengths), self.dtype, self.device)
+        arena = KVArena(self._kv_until(plan.last), rows, max(lengths), self.dtype, self.device)
         logits: list[list[torch.Tensor]] = [[] for _ in lengths]
         for start in range(0, max(lengths), plan.chunk):
             steps = self._steps(batch, start, plan)
@@ -104,6 +104,10 @@ class Observer:
                     logits[index].append(env[LOGITS][index, :count].clone())
         kept = [torch.cat(parts) for parts in logits if parts]
         return [row[-plan.logits :] for row in kept] if plan.logits else kept
+
+    def _kv_until(self, last: Site | None) -> Sequence[KVSpec]:
+        """What the layers keep that run in a pass which ends behind a site."""
+        return self.kv if last is None or last.layer is None else self.kv[: last.layer + 1]
 
     def _steps(self, batch: PromptBatch, start: int, plan: Sweep) -> list[Step]:
         width = min(plan.chunk, max(len(row) for row in batch.rows) - start)
@@ -144,17 +148,22 @@ class Observer:
     # -- the calls -----------------------------------------------------------------------------
 
     def capture(self, batch: PromptBatch, plan: Sweep) -> tuple[list[torch.Tensor], dict[str, list[torch.Tensor]]]:
-        """Run a batch and keep every site's value: by site, per row, ``[tokens, *feature_shape]``."""
+        """Run a batch and keep every site's value: by site, per row, ``[tokens, *feature_shape]``.
+
+        Values may be views of what the pass computed, pads and all: copy what outlives the call. No segment writes into
+        a value that another one made.
+        """
         found: dict[str, list[list[torch.Tensor]]] = {site.name: [[] for _ in batch.rows] for site in plan.sites}
 
         def keep(site: Site, env: Env, steps: Sequence[Step]) -> None:
             for index, step in enumerate(steps):
                 if step.tokens:
-                    value = env[site.name][index, : len(step.tokens_of(site))]
-                    found[site.name][index].append(value.clone())
+                    found[site.name][index].append(site_row(site, env, index, step))
 
         logits = self.sweep(batch, plan, keep)
-        return logits, {name: [torch.cat(parts) for parts in rows] for name, rows in found.items()}
+        return logits, {
+            name: [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in rows] for name, rows in found.items()
+        }
 
     def with_hooks(
         self, batch: PromptBatch, hooks: Sequence[tuple[Site, Hook]], logits: int | None

@@ -1,0 +1,231 @@
+"""Harvest activations over a text file into sharded safetensors; a harvest that was killed goes on where it stood.
+
+    python examples/harvest.py story.txt --out activations --sites resid_post.1 --sites mlp_out.2
+
+Each line of the file is a text of its own, cut into windows. A shard holds every site as ``[tokens, *feature_shape]``
+beside ``token``, ``line`` (of the file) and ``position`` (in its window), pads left out; ``index.json`` names the
+shards. Killed at any time and started again with the same arguments, it gives the same files, bit for bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import djinn_fx as djinn
+from djinn_fx import bundled
+
+Item = TypeVar("Item")
+
+FORMAT = "djinn_fx harvest 1"
+INDEX = "index.json"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to harvest, and how; a harvest goes on only with the plan it began with.
+
+    Attributes:
+        sites: names, roles and globs.
+        length: most tokens of a window.
+        rows: windows of a batch.
+        batches: batches of a shard.
+        skip: positions at the start of each window that are left out.
+        dtype: of what is written, such as ``"float16"``; None keeps the model's.
+    """
+
+    sites: tuple[str, ...] = ("resid_post",)
+    length: int = 256
+    rows: int = 16
+    batches: int = 8
+    skip: int = 0
+    dtype: str | None = None
+
+
+@dataclass(frozen=True)
+class Window:
+    """Tokens of one line of the text; ``end`` is the byte after that line."""
+
+    line: int
+    tokens: tuple[int, ...]
+    end: int
+
+
+def windows(text: Path, tokenizer: Any, length: int) -> Iterator[Window]:
+    """The text's windows in the order of the file; empty lines give none."""
+    end = 0
+    with text.open("rb") as file:
+        for line, raw in enumerate(file):
+            end += len(raw)
+            words = raw.decode("utf-8").strip()
+            tokens = tokenizer(words, verbose=False)["input_ids"] if words else []
+            for start in range(0, len(tokens), length):
+                yield Window(line, tuple(tokens[start : start + length]), end)
+
+
+def activations(dj: djinn.Dj, batch: tuple[Window, ...], plan: Plan) -> dict[str, torch.Tensor]:
+    """The sites' values of a batch on the CPU, pads and skipped positions left out: ``[tokens, *feature_shape]``."""
+    sites = dj.sites.select(plan.sites)
+    dtype = getattr(torch, plan.dtype) if plan.dtype else None
+    rows = [list(window.tokens) for window in batch]
+    # Nothing behind the last wanted site is computed.
+    _, cache = dj.run_with_cache(rows, plan.sites, stop_after=sites[-1].name, logits=False, dtype=dtype)
+    lengths = torch.tensor([len(row) for row in rows])
+    places = torch.arange(int(lengths.max())).expand(len(rows), -1)
+    kept = (places < lengths[:, None]) & (places >= plan.skip)
+    found = {site.name: cache[site.name][kept.to(cache[site.name].device)].cpu() for site in sites}
+    tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=torch.int32) for row in rows], batch_first=True)
+    lines = torch.tensor([window.line for window in batch])[:, None].expand_as(places)
+    return {**found, "token": tokens[kept], "line": lines[kept], "position": places[kept].int()}
+
+
+def harvest(
+    dj: djinn.Dj,
+    tokenizer: Any,
+    text: Path,
+    out: Path,
+    plan: Plan,
+    *,
+    model: str = "",
+    progress: Callable[[int], object] = lambda done: None,
+) -> dict[str, Any]:
+    """Harvest a text file into a folder; goes on behind the shards that are already there.
+
+    Args:
+        dj: a compiled model whose ``max_length`` is the plan's ``length`` at least.
+        tokenizer: gives ``input_ids``.
+        text: a file of UTF-8, a text per line.
+        out: the folder; made if there is none.
+        plan: what and how.
+        model: the model's name, for the index.
+        progress: told how many bytes of the text are done.
+
+    Returns:
+        the index, as ``index.json`` has it.
+
+    Raises:
+        ValueError: the folder holds the harvest of another model (by its name), text or plan.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    index = _begin(out, {"format": FORMAT, "model": model, "text": _digest(text), "plan": asdict(plan)})
+    done = index["shards"]
+    groups = _grouped(_grouped(windows(text, tokenizer, plan.length), plan.rows), plan.batches)
+    if done:
+        progress(done[-1]["end"])
+    for group in islice(groups, len(done), None):
+        parts = []
+        for batch in group:
+            parts.append(activations(dj, batch, plan))
+            progress(batch[-1].end)
+        shard = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        name = f"harvest-{len(done):05d}.safetensors"
+        _whole(out / name, partial(save_file, shard))
+        done.append({"file": name, "tokens": len(shard["token"]), "end": group[-1][-1].end})
+        _write_index(out, index)
+    index |= {"tokens": sum(shard["tokens"] for shard in done), "complete": True}
+    _write_index(out, index)
+    return index
+
+
+def load(out: Path, name: str) -> Iterator[torch.Tensor]:
+    """A site of a harvest (or ``"token"``, ``"line"``, ``"position"``), a shard at a time."""
+    for shard in json.loads((out / INDEX).read_text(encoding="utf-8"))["shards"]:
+        with safe_open(out / shard["file"], "pt") as file:
+            yield file.get_tensor(name)
+
+
+def _grouped(items: Iterable[Item], count: int) -> Iterator[tuple[Item, ...]]:
+    """So many items at a time; the last group may be smaller."""
+    rest = iter(items)
+    while group := tuple(islice(rest, count)):
+        yield group
+
+
+def _begin(out: Path, head: dict[str, Any]) -> dict[str, Any]:
+    """The index of a harvest that was begun, or a new one.
+
+    Raises:
+        ValueError: it belongs to another one.
+    """
+    head = json.loads(json.dumps(head))
+    if not (out / INDEX).exists():
+        return {**head, "shards": [], "complete": False}
+    index: dict[str, Any] = json.loads((out / INDEX).read_text(encoding="utf-8"))
+    other = [key for key, value in head.items() if index.get(key) != value]
+    if other:
+        raise ValueError(f"{out} holds a harvest with another {', '.join(other)}; choose another folder.")
+    whole = [(out / shard["file"]).exists() for shard in index["shards"]]
+    index["shards"] = index["shards"][: whole.index(False) if False in whole else None]
+    return index
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_index(out: Path, index: dict[str, Any]) -> None:
+    _whole(out / INDEX, lambda path: path.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8"))
+
+
+def _whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file that is there whole or not at all, whenever this process ends."""
+    part = path.with_name(path.name + ".part")
+    write(part)
+    with part.open("rb") as file:
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def main(
+    text: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="UTF-8, a text per line.")],
+    out: Annotated[Path, typer.Option(help="Folder of the shards and their index.")] = Path("harvest"),
+    model: Annotated[str, typer.Option(help="Path or hub id; default: the bundled storyteller.")] = "",
+    sites: Annotated[list[str] | None, typer.Option(help="Sites, roles and globs; default: resid_post.")] = None,
+    length: Annotated[int, typer.Option(min=1, help="Most tokens of a window.")] = Plan.length,
+    rows: Annotated[int, typer.Option(min=1, help="Windows of a batch.")] = Plan.rows,
+    batches: Annotated[int, typer.Option(min=1, help="Batches of a shard.")] = Plan.batches,
+    skip: Annotated[int, typer.Option(min=0, help="Positions left out at the start of each window.")] = Plan.skip,
+    dtype: Annotated[str | None, typer.Option(help="Of what is written; default: the model's.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda; default: CUDA where there is one.")] = "",
+) -> None:
+    """Harvest activations over a text file; started again after a kill it goes on."""
+    if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise typer.BadParameter(f"{dtype!r} is no dtype of torch, such as float16.")
+    console = Console(stderr=True)
+    network, tokenizer = bundled.load(model) if model else bundled.storyteller()
+    network.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    # One session's KV is kept, as this opens none; a window is one chunk.
+    dj = djinn.compile(network, tokenizer=tokenizer, max_sessions=1, max_length=length, prefill_chunk=length)
+    plan = Plan(tuple(sites or Plan.sites), length, rows, batches, skip, dtype)
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn(), console=console
+    )
+    try:
+        with bar:
+            task = bar.add_task(text.name, total=text.stat().st_size)
+            index = harvest(
+                dj, tokenizer, text, out, plan, model=model, progress=lambda end: bar.update(task, completed=end)
+            )
+    except (djinn.DjinnError, ValueError) as error:
+        console.print(f"[bold red]{type(error).__name__}[/bold red]: {error}")
+        raise typer.Exit(2) from error
+    print(f"{index['tokens']} tokens in {len(index['shards'])} shards in {out}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
