@@ -174,8 +174,8 @@ def _weights_of(model: nn.Module, device: torch.device | str | None, budget: int
         return None  # prepare says why
     if here.type != "cpu":
         raise InvalidValue(
-            f"the model lies on {here}: device= and weights_bytes= are for a model on the CPU, whose weights are brought "
-            "to the device. Leave them out, or load the model without .to(...) and say device='cuda'."
+            f"the model lies on {here}: device= and weights_bytes= are for a model on the CPU, whose weights are "
+            "brought to the device. Leave them out, or load the model without .to(...) and say device='cuda'."
         )
     return Weights(model, place(model, budget), there)
 

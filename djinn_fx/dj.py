@@ -35,7 +35,7 @@ from djinn_fx.runtime.run import Run
 from djinn_fx.runtime.session import Session
 from djinn_fx.runtime.stop import Stop
 from djinn_fx.runtime.streaming import Weights
-from djinn_fx.sites import Site, SiteTable
+from djinn_fx.sites import SiteTable
 from djinn_fx.specs import Breakpoint, Edit, ProgramShape
 
 
@@ -255,10 +255,10 @@ class Dj(Looking):
         """Bytes by component.
 
         Returns:
-            on the device ``weights`` (with the room for those that stream), ``kv`` (the arena), ``kv_used`` (of it, positions that hold something),
-            ``buffers`` (what compiled steps read and leave behind) and ``staging`` (for copies to the host); on the
-            host ``weights_streamed``, ``host`` (KV of offloaded sessions), ``pinned_used`` (that, and checkpoints in memory) and
-            ``pinned_capacity`` (all slabs; ``pinned_bytes`` bounds it).
+            on the device ``weights`` (with the room for those that stream), ``kv`` (the arena), ``kv_used`` (of it,
+            positions that hold something), ``buffers`` (what compiled steps read and leave behind) and ``staging`` (for
+            copies to the host); on the host ``weights_streamed``, ``host`` (KV of offloaded sessions), ``pinned_used``
+            (that, and checkpoints in memory) and ``pinned_capacity`` (all slabs; ``pinned_bytes`` bounds it).
         """
         engine = self.engine
         with engine.lock:
@@ -277,7 +277,7 @@ class Dj(Looking):
     def reload_weights(self) -> None:
         """Take over changes of the model's weights that leave no trace, where programs read copies of them.
 
-        It is needed after ``param.data.copy_`` and its like, and only where ``device=`` or ``weights_bytes=`` was given.
+        It is needed after ``param.data.copy_`` and its like, where ``device=`` or ``weights_bytes=`` was given.
         """
         self._alive()
         with self.engine.lock:

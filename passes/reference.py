@@ -67,8 +67,9 @@ def reference(
         return hook
 
     handles = [clone.get_submodule(path).register_forward_hook(keep(path)) for path in blocks]
-    for path, module in clone.named_modules() if around is not None else ():
-        _wrap(module, path, around)
+    if around is not None:
+        for path, module in clone.named_modules():
+            _wrap(module, path, around)
     device = next(clone.parameters()).device
     ids = torch.tensor([tokens], device=device)
     mask = torch.ones_like(ids)

@@ -104,8 +104,8 @@ def place(model: nn.Module, budget: int | None) -> Placement:
             return found
     if not layers:
         raise InvalidValue(
-            f"weights_bytes={budget}: {type(model).__name__} has no list of num_hidden_layers modules whose weights could "
-            "stream. Leave weights_bytes out."
+            f"weights_bytes={budget}: {type(model).__name__} has no list of num_hidden_layers modules whose weights "
+            "could stream. Leave weights_bytes out."
         )
     raise CapacityError(
         f"weights_bytes={budget} is too little: {found.device_bytes} bytes are the least, of which {base} are weights "

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.utils.dlpack import from_dlpack
 
 from djinn_fx.errors import CapacityError, CaptureError, InternalError
 from djinn_fx.program import Segment
@@ -128,7 +129,7 @@ class Weights:
             for tensor, part, there in places:
                 part.copy_(tensor)
                 # A storage of its own, as if it were a weight like others: graphs must be the same for all layers.
-                self._remember(tensor, torch.from_dlpack(there))
+                self._remember(tensor, from_dlpack(there))
                 self._rank_of[id(tensor)] = rank
                 parts[id(tensor)] = part
             found.append(_Streamed(layer, host, parts, slot))
