@@ -2,80 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import djinn_fx as djinn
 from djinn_fx.bundled import storyteller
 from djinn_fx.errors import CaptureError, InvalidValue
-from djinn_fx.program import Program
-from djinn_fx.runtime.run import Run
-from djinn_fx.runtime.stop import Stop
-from djinn_fx.runtime.streaming import Weights
-from djinn_fx.specs import ProgramShape
-from tests.backends import compile_model, least
+from tests.backends import least
 from tests.bits import assert_same_bits
-
-LAYERS, VOCAB, LENGTH = 5, 64, 48
-PROMPT = [(7 * i) % 60 + 3 for i in range(21)]
-BACKENDS = ("eager", "static")
-
-
-@cache
-def model_of(name: str) -> Any:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        shared: Any = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": None, "initializer_range": 0.2}
-        if name == "gpt2":
-            gpt2 = GPT2Config(n_layer=LAYERS, n_embd=32, n_head=4, n_positions=LENGTH, **shared)
-            return GPT2LMHeadModel(gpt2).eval()
-        llama = LlamaConfig(
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=LENGTH,
-            tie_word_embeddings=False,
-            **shared,
-        )
-        return LlamaForCausalLM(llama).to(torch.bfloat16).eval()
-
-
-def make(model: Any, backend: str, budget: int | None, **options: Any) -> djinn.Dj:
-    sizes = {"max_sessions": 4, "max_length": LENGTH, "prefill_chunk": 16, "edit_rank": 2, "verify": False}
-    return compile_model(model, backend, weights_bytes=budget, **(sizes | options))
-
-
-@cache
-def compiled(name: str, backend: str, streams: bool) -> djinn.Dj:
-    model = model_of(name)
-    return make(model, backend, least(model) if streams else None, sites=("resid_post", "attn_q.1", "mlp_out.2"))
-
-
-def weights_of(dj: djinn.Dj) -> Weights:
-    assert dj._weights is not None
-    return dj._weights
-
-
-def after(run: Run) -> Stop | None:
-    """The run's next stop."""
-    return next(iter(run), None)
-
-
-def whole(dj: djinn.Dj, **options: Any) -> Tensor:
-    with dj.session() as s:
-        logits = s.generate(PROMPT, max_new_tokens=5, output_logits=True, **options).result().logits
-    assert logits is not None
-    return logits
-
+from tests.runtime.streams import BACKENDS, LAYERS, PROMPT, after, compiled, feed_of, make, model_of, weights_of, whole
 
 Pair = tuple[djinn.Dj, djinn.Dj]
 
@@ -267,7 +206,7 @@ def test_few_sites_do_not_make_a_segment_of_many_layers() -> None:
     model = model_of("gpt2")
     usual = make(model, "eager", None, sites="resid_post.3")
     streaming = make(model, "eager", least(model), sites="resid_post.3")
-    layers = [use.layers for use in _feed(streaming.program).uses]
+    layers = [use.layers for use in feed_of(streaming.program).uses]
     assert max(map(len, layers)) == 1 and {rank for some in layers for rank in some} == set(range(LAYERS))
     for dj in (
         usual,
@@ -283,11 +222,6 @@ def test_few_sites_do_not_make_a_segment_of_many_layers() -> None:
             s.steer("resid_post.3", scale=0.5)
             found.append(run.result().logits)
     assert_same_bits(*found)
-
-
-def _feed(program: Program) -> Any:
-    assert program.feed is not None
-    return program.feed
 
 
 def test_the_default_sites_are_cut_as_ever() -> None:
@@ -314,110 +248,3 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
 def test_plain_modules_do_not_stream() -> None:
     with pytest.raises(InvalidValue, match="for language models"):
         djinn.compile(torch.nn.Linear(2, 2), example_inputs=(torch.ones(2),), weights_bytes=1)  # type: ignore[call-overload]
-
-
-# -- the order of copies on a GPU, played on the CPU ---------------------------------------------
-
-
-class Stream:
-    """A stream that runs as late as it may: when somebody waits for it."""
-
-    def __init__(self, number: int) -> None:
-        self.stream_id, self.todo, self.done = number, [], 0
-        self.waits: list[Event] = []
-
-    def wait_event(self, event: Event) -> None:
-        self.waits.append(event)
-        event.stream.run(event.place)
-
-    def run(self, place: int) -> None:
-        while self.done < place:
-            self.todo[self.done]()
-            self.done += 1
-
-
-class Event:
-    """A place in a stream."""
-
-    made = 0
-    stream: Stream
-
-    def record(self, stream: Stream) -> None:
-        Event.made += 1
-        self.stream, self.place, self.number = stream, len(stream.todo), Event.made
-
-
-@pytest.fixture
-def lazy(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[djinn.Dj, Stream, Stream]]:
-    """A model whose copies run late, its stream of copies and that of its segments, which run at once."""
-    model = model_of("gpt2")
-    dj = make(model, "eager", least(model))
-    weights = weights_of(dj)
-    copies, segments = Stream(1), Stream(0)
-
-    def enqueue(target: Tensor, source: Tensor) -> None:
-        copies.todo.append(lambda: target.copy_(source))
-
-    monkeypatch.setattr(weights, "_stream", copies)
-    monkeypatch.setattr(weights, "_copy", enqueue)
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: segments)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: torch.no_grad())
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: copies.run(len(copies.todo)))
-    yield dj, copies, segments
-
-
-def test_a_segment_waits_for_its_copy_and_a_copy_for_the_segments_before_it(
-    lazy: tuple[djinn.Dj, Stream, Stream],
-) -> None:
-    dj, copies, _ = lazy
-    expected = whole(compiled("gpt2", "eager", False))
-    for slot in weights_of(dj)._slots:
-        slot.memory.fill_(0xA5)
-        slot.holds = None
-    copies.todo, copies.done = [], 0
-    assert_same_bits(whole(dj), expected)
-    steps = 2 + 4
-    assert len(copies.todo) == 2 + LAYERS * steps  # the first two, then one behind each layer
-    waited = [event for event in copies.waits if event.stream.stream_id == 0]
-    assert len(waited) == LAYERS * steps  # each but the first two waits for the layer that was there
-
-
-def test_a_captured_step_begins_and_ends_alike_and_waits_for_nothing_outside(
-    lazy: tuple[djinn.Dj, Stream, Stream],
-) -> None:
-    dj, copies, segments = lazy
-    whole(dj)
-    feed = _feed(dj.engine.programs.get(ProgramShape(1, 1, 1), "plain", dj.engine.sites))
-    slots = weights_of(dj)._slots
-    dj([5, 6])
-    with feed.capturing():
-        begun, first = Event.made, len(copies.todo)
-        assert copies.done == first  # nothing is under way
-        copies.waits.clear()
-        segments.waits.clear()
-        for index in range(len(feed.uses)):
-            with feed.running(index):
-                pass
-        feed.join()
-        assert copies.done == len(copies.todo) == first + LAYERS
-        assert all(event.number > begun for event in [*copies.waits, *segments.waits])
-    assert all(slot.arrived is None and not slot.read for slot in slots)
-    assert [slot.holds for slot in slots] == [0, 1]
-    with feed.replaying():
-        pass
-    after = [slot.arrived for slot in slots]
-    assert all(event is not None and event.stream is segments for event in after)  # type: ignore[comparison-overlap]
-
-
-def test_a_capture_that_fails_leaves_nothing_to_rely_on(lazy: tuple[djinn.Dj, Stream, Stream]) -> None:
-    dj, _, _ = lazy
-    expected = whole(dj)
-    feed = _feed(dj.engine.programs.get(ProgramShape(1, 1, 1), "plain", dj.engine.sites))
-    with pytest.raises(RuntimeError, match="no memory"), feed.capturing():
-        for index in range(3):
-            with feed.running(index):
-                pass
-        raise RuntimeError("no memory")
-    assert all(slot.holds is None for slot in weights_of(dj)._slots)
-    assert_same_bits(whole(dj), expected)
