@@ -9,9 +9,11 @@ contiguous copy from pinned memory, measured in the same run. Accelerate runs la
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -110,7 +112,7 @@ def run(context: Context) -> dict[str, Json]:
     clock.clear(context.device)
     for budget in budgets:
         found["budgets"][str(budget)] = {
-            "ours": context.part(f"ours, {budget >> 20} MiB", lambda budget=budget: here.ours(budget, bandwidth))
+            "ours": context.part(f"ours, {budget >> 20} MiB", partial(here.ours, budget, bandwidth))
         }
     for index, budget in enumerate(budgets):
         found["budgets"][str(budget)]["accelerate"] = here.theirs(budget, first=index == 0)
@@ -208,16 +210,15 @@ class Virtual:
         }
 
     def _accelerate(self, budget: int) -> dict[str, Json]:
-        from accelerate import dispatch_model, infer_auto_device_map
-
+        accelerate: Any = importlib.import_module("accelerate")
         model, device = self.loaded.model, self.context.device
-        where = infer_auto_device_map(
+        where = accelerate.infer_auto_device_map(
             model,
             max_memory={device.index: budget, "cpu": 1 << 50},
             no_split_module_classes=model._no_split_modules,
         )
         before = torch.cuda.memory_allocated(device)
-        dispatch_model(model, device_map=where, main_device=device.index)
+        accelerate.dispatch_model(model, device_map=where, main_device=device.index)
         weights = torch.cuda.memory_allocated(device) - before
         decoder: Decoder = HooksDecoder(self.loaded)
         assert self.right is not None

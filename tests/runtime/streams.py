@@ -39,7 +39,8 @@ def model_of(name: str) -> Any:
             tie_word_embeddings=False,
             **shared,
         )
-        return LlamaForCausalLM(llama).to(torch.bfloat16).eval()
+        made: Any = LlamaForCausalLM(llama)
+        return made.to(torch.bfloat16).eval()
 
 
 def make(model: Any, backend: str, budget: int | None, **options: Any) -> djinn.Dj:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,8 @@ class Stream:
     """A stream that runs as late as it may: when somebody waits for it."""
 
     def __init__(self, number: int) -> None:
-        self.stream_id, self.todo, self.done = number, [], 0
+        self.stream_id, self.done = number, 0
+        self.todo: list[Callable[[], object]] = []
         self.waits: list[Event] = []
 
     def wait_event(self, event: Event) -> None:
@@ -102,8 +104,8 @@ def test_a_captured_step_begins_and_ends_alike_and_waits_for_nothing_outside(
     assert [slot.holds for slot in slots] == [0, 1]
     with feed.replaying():
         pass
-    after = [slot.arrived for slot in slots]
-    assert all(event is not None and event.stream is segments for event in after)  # type: ignore[comparison-overlap]
+    after: list[Any] = [slot.arrived for slot in slots]
+    assert all(event is not None and event.stream is segments for event in after)
 
 
 def test_a_capture_that_fails_leaves_nothing_to_rely_on(lazy: tuple[djinn.Dj, Stream, Stream]) -> None:

@@ -15,6 +15,7 @@ from djinn_fx.errors import CaptureError, InvalidValue
 from tests.backends import least
 from tests.bits import assert_same_bits
 from tests.runtime.streams import BACKENDS, LAYERS, PROMPT, after, compiled, feed_of, make, model_of, weights_of, whole
+from tests.runtime.tiny import some
 
 Pair = tuple[djinn.Dj, djinn.Dj]
 
@@ -58,7 +59,7 @@ def test_edits_steering_and_predicates(pair: Pair) -> None:
                 stops += 1
             assert stops
             found.append(run.result().logits)
-    assert_same_bits(*found)
+    assert_same_bits(found[0], found[1])
     assert not torch.equal(found[0], whole(pair[0]))  # type: ignore[arg-type]
 
 
@@ -70,8 +71,8 @@ def test_forks_from_the_middle_of_a_prompt_and_of_a_step(pair: Pair) -> None:
             with dj.session() as s:
                 run = s.generate(PROMPT, max_new_tokens=3, output_logits=True, breakpoints=[site])
                 for skip in range(3):
-                    stop = after(run)
-                    assert stop is not None, skip
+                    stop = some(after(run))
+                    assert stop.current, skip
                 twins = stop.fork(2)
                 twins[0].value.mul_(0.3)
                 runs = [run, *(twin.run for twin in twins)]
@@ -160,7 +161,7 @@ def test_changes_in_place_are_seen_at_the_next_segment() -> None:
                     found.append(run.result().logits)
                     with torch.no_grad():
                         matrix.copy_(kept[0])
-            assert_same_bits(*found)
+            assert_same_bits(found[0], found[1])
         finally:
             with torch.no_grad():
                 matrix.copy_(kept[0])
@@ -221,7 +222,7 @@ def test_few_sites_do_not_make_a_segment_of_many_layers() -> None:
             assert stop is not None
             s.steer("resid_post.3", scale=0.5)
             found.append(run.result().logits)
-    assert_same_bits(*found)
+    assert_same_bits(found[0], found[1])
 
 
 def test_the_default_sites_are_cut_as_ever() -> None:
