@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from functools import partial
 from typing import Any, overload
 
+import torch
 from torch import nn
 
 from djinn_fx.dj import Dj
@@ -17,6 +18,8 @@ from djinn_fx.passes.reference import reference
 from djinn_fx.passes.source import prepare
 from djinn_fx.passes.support import check
 from djinn_fx.runtime.options import EngineOptions, Tokenizer
+from djinn_fx.runtime.placement import place
+from djinn_fx.runtime.streaming import Weights
 
 #: Most host memory that checkpoints in memory and offloaded sessions may take.
 PINNED_BYTES = 4 << 30
@@ -40,6 +43,8 @@ def compile(
     batch_invariant: bool = False,
     pinned_bytes: int = PINNED_BYTES,
     verify: bool = True,
+    device: torch.device | str | None = None,
+    weights_bytes: int | None = None,
 ) -> Dj: ...
 
 
@@ -67,10 +72,13 @@ def compile(
     batch_invariant: bool = False,
     pinned_bytes: int = PINNED_BYTES,
     verify: bool = True,
+    device: torch.device | str | None = None,
+    weights_bytes: int | None = None,
 ) -> Dj | DjModule:
     """Compile a model into a program that can be stopped at any layer.
 
-    The model itself is left as it is: weights are shared, never copied.
+    The model itself is left as it is: weights are shared, not copied, unless it shall run on another device or with
+    less device memory than it needs.
 
     Args:
         model: a causal language model of transformers; or any module, together with ``example_inputs``.
@@ -88,6 +96,9 @@ def compile(
             on who else is there.
         pinned_bytes: most host memory that checkpoints in memory and offloaded sessions may take.
         verify: compare the captured model with the eager one before returning.
+        device: where to run a language model that lies on the CPU: its weights are copied there. Default: where it is.
+        weights_bytes: most device memory that the weights may take. Layers that do not fit lie in host memory (pinned,
+            for CUDA) and stream in ahead of their turn, in every step. Default: all of them are on the device.
 
     Returns:
         :class:`Dj` for a language model, :class:`djinn_fx.modules.DjModule` for a plain module.
@@ -95,11 +106,14 @@ def compile(
     Raises:
         CaptureError: the model cannot be captured; the message says why.
         CaptureMismatch: it was captured, but its numbers differ from eager's beyond tolerance.
+        CapacityError: ``weights_bytes`` is less than the least that works; the message names it.
         InvalidValue, UnknownSite: an argument is off.
     """
     if backend not in ("auto", "eager", "inductor"):
         raise InvalidValue(f"backend={backend!r}: choose 'auto', 'eager' or 'inductor'.")
     if example_inputs is not None:
+        if device is not None or weights_bytes is not None:
+            raise InvalidValue("device= and weights_bytes= are for language models, not for example_inputs.")
         return compile_module(model, example_inputs, sites)
     for name, value in (
         ("max_sessions", max_sessions),
@@ -109,7 +123,9 @@ def compile(
     ):
         if value < 1:
             raise InvalidValue(f"{name}={value}: give 1 or more.")
-    source = prepare(model)
+    weights = _weights_of(model, device, weights_bytes)
+    stand_in = None if weights is None else weights.stand_in
+    source = prepare(model, stand_in=stand_in)
     limit = _positions_of(model)
     if max_length > limit:
         if max_length != MAX_LENGTH:
@@ -133,10 +149,35 @@ def compile(
         static=backend == "inductor",
     )
     chosen = ("resid_post",) if sites is None else (sites,) if isinstance(sites, str) else tuple(sites)
-    dj = Dj(model, source, options, chosen, tokenizer, backend, ExportCache.from_environment())
+    dj = Dj(model, source, options, chosen, tokenizer, backend, ExportCache.from_environment(), weights)
     if verify:
-        dj.verify(partial(reference, model))
+        around = None if weights is None else weights.around
+        dj.verify(partial(reference, model, stand_in=stand_in, around=around))
     return dj
+
+
+def _weights_of(model: nn.Module, device: torch.device | str | None, budget: int | None) -> Weights | None:
+    """Copies of the weights for programs to read; None where they read the model's own."""
+    here = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+    try:
+        there = here if device is None else torch.device(device)
+    except RuntimeError as error:
+        raise InvalidValue(f"device={device!r}: give 'cuda', 'cuda:0' or 'cpu'.") from error
+    if there.type == "cuda" and not torch.cuda.is_available():
+        raise InvalidValue(f"device={str(there)!r}: torch finds no CUDA device here.")
+    if there.type == "cuda" and there.index is None:
+        there = torch.device("cuda", torch.cuda.current_device())
+    if budget is None and there == here:
+        return None
+    support = check(model)
+    if not support.ok:
+        return None  # prepare says why
+    if here.type != "cpu":
+        raise InvalidValue(
+            f"the model lies on {here}: device= and weights_bytes= are for a model on the CPU, whose weights are "
+            "brought to the device. Leave them out, or load the model without .to(...) and say device='cuda'."
+        )
+    return Weights(model, place(model, budget), there)
 
 
 def _positions_of(model: nn.Module) -> int:

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from djinn_fx.kernels.backend import uses_triton
 from djinn_fx.looking import Looking
-from djinn_fx.passes.context import Cuts, Lower
+from djinn_fx.making import Making, build_choices, weight_bytes
+from djinn_fx.passes.context import Lower
 from djinn_fx.passes.exports import ExportCache
 from djinn_fx.passes.inductor import InductorLowering
 from djinn_fx.passes.lower import lower_eager
-from djinn_fx.passes.pipeline import CaptureStore, build, discover
+from djinn_fx.passes.pipeline import CaptureStore, discover
 from djinn_fx.passes.source import Source
 from djinn_fx.program import PassRecord, Program
 from djinn_fx.runtime import batch as batching
@@ -34,8 +34,9 @@ from djinn_fx.runtime.results import Result
 from djinn_fx.runtime.run import Run
 from djinn_fx.runtime.session import Session
 from djinn_fx.runtime.stop import Stop
-from djinn_fx.sites import Site, SiteTable
-from djinn_fx.specs import Breakpoint, Edit, ProgramShape, Variant
+from djinn_fx.runtime.streaming import Weights
+from djinn_fx.sites import SiteTable
+from djinn_fx.specs import Breakpoint, Edit, ProgramShape
 
 if TYPE_CHECKING:
     from djinn_fx.explain import Explanation
@@ -57,20 +58,21 @@ class Dj(Looking):
         tokenizer: Tokenizer | None,
         backend: str = "eager",
         exports: ExportCache | None = None,
+        weights: Weights | None = None,
     ) -> None:
         lowering: Lower = InductorLowering() if backend == "inductor" else lower_eager
-        cuts: Cuts = "layers" if backend == "inductor" else "sites"
         store = CaptureStore()
         table = discover(source, store, exports)
         arena = KVArena(source.kv, options.max_sessions, options.max_length, source.dtype, source.device)
         guard = WeightGuard(model)
-        building = partial(_build, guard, source, store, exports, options.edit_rank, arena)
-        programs = ProgramCache(partial(building, lowering, cuts))
+        making = Making(guard, source, store, exports, options.edit_rank, arena, weights)
+        programs = ProgramCache(partial(making.build, lowering, pieces=backend == "inductor"))
         if backend == "inductor":
             programs.agreements = Agreements(
                 arena, source.dtype, source.device, options.edit_rank, source.vocab_size or 2
             )
         self._receipt: Receipt | None = None
+        self._weights = weights
         self.engine = Engine(
             programs=programs,
             arena=arena,
@@ -81,11 +83,10 @@ class Dj(Looking):
             device=source.device,
             tokenizer=tokenizer,
             guard=guard.check,
-            identity=Identity(guard.tensors, dict(source.config), source.model_type, _build_choices(source, backend)),
+            identity=Identity(guard.tensors, dict(source.config), source.model_type, build_choices(source, backend)),
         )
-        eager = partial(building, lower_eager, "sites")
         self.observer = Observer(
-            ProgramCache(eager),
+            ProgramCache(partial(making.build, lower_eager)),
             table,
             source.kv,
             source.dtype,
@@ -257,16 +258,16 @@ class Dj(Looking):
         """Bytes by component.
 
         Returns:
-            on the device ``weights``, ``kv`` (the arena), ``kv_used`` (of it, positions that hold something),
-            ``buffers`` (what compiled steps read and leave behind) and ``staging`` (for copies to the host); on the
-            host ``host`` (KV of offloaded sessions), ``pinned_used`` (that, and checkpoints in memory) and
-            ``pinned_capacity`` (all slabs; ``pinned_bytes`` bounds it).
+            on the device ``weights`` (with the room for those that stream), ``kv`` (the arena), ``kv_used`` (of it,
+            positions that hold something), ``buffers`` (what compiled steps read and leave behind) and ``staging`` (for
+            copies to the host); on the host ``weights_streamed``, ``host`` (KV of offloaded sessions), ``pinned_used``
+            (that, and checkpoints in memory) and ``pinned_capacity`` (all slabs; ``pinned_bytes`` bounds it).
         """
         engine = self.engine
         with engine.lock:
             per_position = engine.arena.bytes_per_position
             return {
-                "weights": sum(tensor.nbytes for tensor in engine.identity.weights.values()),
+                **weight_bytes(engine.identity.weights, self._weights),
                 "kv": engine.arena.nbytes,
                 "kv_used": sum(per_position * session.extent for session in engine.sessions if session.resident),
                 "buffers": engine.buffer_bytes,
@@ -275,6 +276,16 @@ class Dj(Looking):
                 "pinned_used": engine.pool.used,
                 "pinned_capacity": engine.pool.capacity,
             }
+
+    def reload_weights(self) -> None:
+        """Take over changes of the model's weights that leave no trace, where programs read copies of them.
+
+        It is needed after ``param.data.copy_`` and its like, where ``device=`` or ``weights_bytes=`` was given.
+        """
+        self._alive()
+        with self.engine.lock:
+            if self._weights is not None:
+                self._weights.reload()
 
     def explain(self) -> Explanation:
         """A summary of the compiled program: a text for ``print``, a table in a terminal, HTML in a notebook."""
@@ -306,43 +317,3 @@ class Dj(Looking):
 
     def __reduce__(self) -> str | tuple[object, ...]:
         raise TypeError("a compiled model does not pickle; pickle the model and compile it again.")
-
-
-def _build(
-    guard: WeightGuard,
-    source: Source,
-    store: CaptureStore,
-    exports: ExportCache | None,
-    rank: int,
-    arena: KVArena,
-    lowering: Lower,
-    decode_cuts: Cuts,
-    shape: ProgramShape,
-    variant: Variant,
-    sites: Sequence[Site],
-) -> Program:
-    guard.check()  # a program that is made in the middle of a run must read what the others read
-    return build(
-        source,
-        shape,
-        sites=sites,
-        variant=variant,
-        rank=rank,
-        arenas=arena.layers,
-        lower=lowering,
-        store=store,
-        exports=exports,
-        cuts=decode_cuts if shape.query == 1 else "sites",
-        grouped=decode_cuts == "layers" and shape.query == 1 and _has_own_products(source),
-    )
-
-
-def _build_choices(source: Source, backend: str) -> dict[str, str]:
-    """What decides bits beside the model, the device and the versions."""
-    kernels = "triton" if source.device.type == "cuda" and uses_triton() else "torch"
-    return {"backend": backend, "kernels": kernels}
-
-
-def _has_own_products(source: Source) -> bool:
-    """Whether our kernels serve the model's linear layers: 16-bit numbers on CUDA."""
-    return source.device.type == "cuda" and source.dtype.itemsize == 2 and uses_triton()

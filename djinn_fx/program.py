@@ -9,8 +9,9 @@ read or replaced before the next segment runs.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import fx
@@ -97,6 +98,22 @@ class Segment:
     compile_class: str
 
 
+class Feed(Protocol):
+    """Brings weights to where a program reads them, where they do not lie there all the time."""
+
+    def running(self, segment: int) -> AbstractContextManager[None]:
+        """What a segment runs in: its weights are there."""
+
+    def capturing(self) -> AbstractContextManager[None]:
+        """What a whole step is captured in, as a CUDA graph that brings its weights itself."""
+
+    def join(self) -> None:
+        """Asked at the end of the captured step: what it began belongs to it."""
+
+    def replaying(self) -> AbstractContextManager[None]:
+        """What the captured step is enqueued in."""
+
+
 @dataclass(frozen=True)
 class Program:
     """The compiled segments of one shape.
@@ -106,11 +123,13 @@ class Program:
         variant: what steering it has compiled in.
         sites: the sites at which it can stop, in execution order.
         segments: in order; the last one ends the program.
-        weights: parameters, buffers and constants by environment name; the model's own tensors, never copies.
+        weights: parameters, buffers and constants by environment name; the model's own tensors, never copies, unless
+            it runs on another device than the model lies on.
         inputs: every other input, in the graph's order.
         outputs: environment names of the results (a language model has one, ``"logits"``).
         records: one record per pass.
         rebuild: makes the module's own return value (a pytree) from the outputs; None for language models.
+        feed: brings the weights; None: they are there.
     """
 
     shape: ProgramShape
@@ -122,6 +141,7 @@ class Program:
     outputs: tuple[str, ...]
     records: tuple[PassRecord, ...]
     rebuild: Callable[[tuple[torch.Tensor, ...]], Any] | None = None
+    feed: Feed | None = None
 
     def segment_of(self, site: str) -> int:
         """Index of the segment that ends at ``site``."""

@@ -16,7 +16,7 @@ from djinn_fx.specs import ProgramShape, Variant
 Lower = Callable[[fx.GraphModule], Callable[..., tuple[torch.Tensor, ...]]]
 
 #: Where a program is cut into segments.
-Cuts = Literal["sites", "layers", "none"]
+Cuts = Literal["sites", "layers", "both", "none"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ class PassContext:
         rank: slots of the rank tables.
         lower: compiles one segment.
         cuts: ``"sites"``: a segment ends at each site; ``"layers"``: at a place per layer where nothing is lost, and
-            nobody can stop (:mod:`djinn_fx.passes.joints`); ``"none"``: one segment.
+            nobody can stop (:mod:`djinn_fx.passes.joints`); ``"both"``: at each site, and so that no segment holds
+            several layers; ``"none"``: one segment.
         grouped: linear layers of one input become one call of our own kernels, in steps of few tokens.
         origin: what a report of a failing pass needs beside these, to build the same program again.
     """

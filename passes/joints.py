@@ -36,11 +36,12 @@ def joints(gm: fx.GraphModule) -> set[fx.Node]:
         if any(name.startswith(_RESIDUAL) for name in node.meta.get(NAMES, ())):
             cuts |= {product} if product is not None else set()
             product = None
-        elif _is_product(node) or (node.target is operator.getitem and product is node.args[0]):
+        elif is_product(node) or (node.target is operator.getitem and product is node.args[0]):
             product = node
     return cuts
 
 
-def _is_product(node: fx.Node) -> bool:
+def is_product(node: fx.Node) -> bool:
+    """Whether a node is a matrix product, or an op of ours."""
     ours = isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "djinn"
     return node.target in _PRODUCTS or ours

@@ -96,7 +96,7 @@ def build(
         example_inputs: for a plain module, other inputs than the source's.
         store: keeps the capture for the next build of this shape.
         exports: keeps captures of language models on disk.
-        cuts: ``"sites"``, or elsewhere: the sites are then steered and tapped, but nobody can stop there.
+        cuts: ``"sites"`` or ``"both"``; or elsewhere: the sites are then steered and tapped, but nobody can stop there.
         grouped: give linear layers to :func:`djinn_fx.passes.projections.projections`.
 
     Raises:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from djinn_fx.passes.source import clone_of
+from djinn_fx.passes.source import StandIn, clone_of
+
+#: Gives what the module of a path runs in, or None.
+Around = Callable[[str], AbstractContextManager[object] | None]
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,15 @@ class Reference:
 
 
 @torch.no_grad()
-def reference(model: nn.Module, tokens: list[int], attention: str, blocks: tuple[str, ...]) -> Reference | None:
+def reference(
+    model: nn.Module,
+    tokens: list[int],
+    attention: str,
+    blocks: tuple[str, ...],
+    *,
+    stand_in: StandIn | None = None,
+    around: Around | None = None,
+) -> Reference | None:
     """Run the eager model on one prompt, on a clone that shares its weights.
 
     Args:
@@ -33,11 +46,13 @@ def reference(model: nn.Module, tokens: list[int], attention: str, blocks: tuple
         tokens: the prompt.
         attention: ``"eager"`` or ``"sdpa"``.
         blocks: paths of the modules whose outputs are wanted.
+        stand_in: gives the tensors to compute with, see :func:`djinn_fx.passes.source.clone_of`.
+        around: what modules run in; None: nothing.
 
     Returns:
         None where the model does not support this attention implementation.
     """
-    clone: Any = clone_of(model)
+    clone: Any = clone_of(model, stand_in)
     try:
         clone.set_attn_implementation(attention)
     except ValueError:
@@ -52,10 +67,28 @@ def reference(model: nn.Module, tokens: list[int], attention: str, blocks: tuple
         return hook
 
     handles = [clone.get_submodule(path).register_forward_hook(keep(path)) for path in blocks]
-    device = next(model.parameters()).device
+    if around is not None:
+        for path, module in clone.named_modules():
+            _wrap(module, path, around)
+    device = next(clone.parameters()).device
     ids = torch.tensor([tokens], device=device)
     mask = torch.ones_like(ids)
     logits = clone(input_ids=ids, attention_mask=mask, use_cache=False).logits[0]
     for handle in handles:
         handle.remove()
     return Reference(logits, found)
+
+
+def _wrap(module: nn.Module, path: str, around: Around) -> None:
+    """Let a module of the clone run in what belongs around it."""
+    if around(path) is None:
+        return
+    forward = module.forward
+
+    def inside(*args: Any, **kwargs: Any) -> Any:
+        context = around(path)
+        assert context is not None
+        with context:
+            return forward(*args, **kwargs)
+
+    module.forward = inside

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -20,6 +20,9 @@ from djinn_fx.program import KVSpec
 
 #: Positional and keyword arguments of a plain module.
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+#: Gives the tensor that a program reads in place of one of the model's.
+StandIn = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,12 +59,13 @@ class Source:
     lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
 
 
-def prepare(model: nn.Module, example_inputs: object = None) -> Source:
+def prepare(model: nn.Module, example_inputs: object = None, stand_in: StandIn | None = None) -> Source:
     """Clone ``model`` and find out what is needed to capture it. The model itself is not touched.
 
     Args:
         model: a causal language model of transformers, or any module.
         example_inputs: for a plain module, its arguments: a tuple, or a mapping of keyword arguments.
+        stand_in: gives what programs read in place of each tensor; None: the tensor itself.
 
     Raises:
         CaptureError: with every reason why the model cannot be captured.
@@ -69,8 +73,8 @@ def prepare(model: nn.Module, example_inputs: object = None) -> Source:
     support = check(model, example_inputs)
     if not support.ok:
         raise CaptureError(f"{type(model).__name__} cannot be compiled: " + "; ".join(support.reasons))
-    clone = clone_of(model)
-    tensors = [*model.parameters(), *model.buffers()]
+    clone = clone_of(model, stand_in)
+    tensors = [*clone.parameters(), *clone.buffers()]
     device = tensors[0].device if tensors else torch.device("cpu")
     dtype = _dtype_of(tensors)
     if kind_of(model, example_inputs) == "module":
@@ -100,19 +104,24 @@ def prepare(model: nn.Module, example_inputs: object = None) -> Source:
     )
 
 
-def clone_of(model: nn.Module) -> nn.Module:
+def clone_of(model: nn.Module, stand_in: StandIn | None = None) -> nn.Module:
     """Copy the module tree, sharing every tensor: parameters, buffers and those in plain attributes.
+
+    Args:
+        model: the module.
+        stand_in: gives what shall be in the copy in place of each tensor; None: the tensor itself.
 
     Raises:
         CaptureError: a module holds something that cannot be copied.
     """
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    shared = stand_in or _itself
+    memo: dict[int, Any] = {id(tensor): shared(tensor) for tensor in [*model.parameters(), *model.buffers()]}
     for module in model.modules():
         for name, value in vars(module).items():
             if name == "_cache":  # the keys and values of an earlier generate
                 memo[id(value)] = None
             leaves = pytree.tree_leaves(value) if isinstance(value, (torch.Tensor, list, tuple, dict)) else ()
-            memo |= {id(leaf): leaf for leaf in leaves if isinstance(leaf, torch.Tensor)}
+            memo |= {id(leaf): shared(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)}
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:
@@ -120,6 +129,10 @@ def clone_of(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} cannot be cloned (a structural copy that shares the weights is what gets "
             f"captured): {type(error).__name__}: {error}. Remove the attribute that cannot be copied."
         ) from error
+
+
+def _itself(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 def _dtype_of(tensors: Sequence[torch.Tensor]) -> torch.dtype:

@@ -8,7 +8,7 @@ from torch import fx, nn
 
 from djinn_fx.passes.context import PassContext
 from djinn_fx.passes.graph import CUT, ENV, ORIGIN, compute_nodes, identifier, lazy_module, output_of
-from djinn_fx.passes.joints import joints
+from djinn_fx.passes.joints import is_product, joints
 from djinn_fx.program import LOGITS
 from djinn_fx.sites import Site
 
@@ -25,13 +25,16 @@ def split(gm: fx.GraphModule, ctx: PassContext) -> fx.GraphModule:
     name_values(gm, ctx)
     owner: dict[fx.Node, int] = {}
     sites: list[Site | None] = []
-    ends = joints(gm) if ctx.cuts == "layers" else set()
+    at_sites = ctx.cuts in ("sites", "both")
+    ends = joints(gm) if ctx.cuts in ("layers", "both") else set()
+    if at_sites:
+        ends = _between(gm, ends)
     current = 0
     for node in compute_nodes(gm):
         source = node.args[0] if node.target is operator.getitem else None
         owner[node] = owner[source] if isinstance(source, fx.Node) else current
-        if node in ends or (CUT in node.meta and ctx.cuts == "sites"):
-            sites.append(node.meta[CUT] if ctx.cuts == "sites" else None)
+        if node in ends or (CUT in node.meta and at_sites):
+            sites.append(node.meta.get(CUT) if at_sites else None)
             current += 1
     if current in owner.values() or not sites:
         sites.append(None)
@@ -39,6 +42,23 @@ def split(gm: fx.GraphModule, ctx: PassContext) -> fx.GraphModule:
     for node, index in owner.items():
         parts[index].append(node)
     return _assemble(gm, parts, sites, owner)
+
+
+def _between(gm: fx.GraphModule, ends: set[fx.Node]) -> set[fx.Node]:
+    """The joints behind which something is multiplied before the next site: at the others the site's cut will do.
+
+    Which they are must not depend on the variant, since a chunk may go on in a richer one.
+    """
+    kept = set(ends)
+    last: fx.Node | None = None
+    for node in compute_nodes(gm):
+        if node in ends:
+            last = node
+        elif is_product(node):
+            last = None
+        if CUT in node.meta and last is not None:
+            kept.discard(last)
+    return kept
 
 
 def name_values(gm: fx.GraphModule, ctx: PassContext) -> None:

@@ -128,7 +128,7 @@ def split(gm: fx.GraphModule, ctx: PassContext, before: Before) -> str:
     """The original order, one segment per site, declared inputs are the used ones, writes stay inside."""
     calls = segment_calls(gm)
     ends = [call.meta[CUT].name for call in calls if call.meta[CUT] is not None]
-    wanted = [site.name for site in ctx.sites] if ctx.cuts == "sites" else []
+    wanted = [site.name for site in ctx.sites] if ctx.cuts in ("sites", "both") else []
     _require(ends == wanted, f"segments end at {ends}, expected {wanted}")
     order = [info.origin for info in before if _counts(info.op, info.target)]
     found: list[int] = []

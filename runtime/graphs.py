@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 
 from djinn_fx.kernels.advance import advance
-from djinn_fx.program import LENGTHS, LOGITS, POSITIONS, TOKENS, Program
+from djinn_fx.program import LENGTHS, LOGITS, POSITIONS, TOKENS, Feed, Program
 from djinn_fx.runtime.segments import Env, run_segments
 
 #: Runs before a graph is captured: kernels are compiled and tuned in the first, and libraries make their workspaces.
@@ -57,10 +58,10 @@ def capture(program: Program, inputs: Env, slot: torch.Tensor, ring: torch.Tenso
     def logits() -> torch.Tensor:
         return made[LOGITS]
 
-    return Replayed(program, step if stream is None else _captured(step, stream), logits)
+    return Replayed(program, step if stream is None else _captured(step, stream, program.feed), logits)
 
 
-def _captured(step: Callable[[], None], stream: torch.cuda.Stream) -> Callable[[], None]:
+def _captured(step: Callable[[], None], stream: torch.cuda.Stream, feed: Feed | None) -> Callable[[], None]:
     """Warm up on a stream of its own and capture the step as a CUDA graph; returns its replay."""
     with torch.cuda.device(stream.device):
         stream.wait_stream(torch.cuda.current_stream())
@@ -70,6 +71,18 @@ def _captured(step: Callable[[], None], stream: torch.cuda.Stream) -> Callable[[
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # Other threads may use the GPU meanwhile, as long as they leave this stream alone.
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        with (
+            nullcontext() if feed is None else feed.capturing(),
+            torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
+        ):
             step()
-    return graph.replay
+            if feed is not None:
+                feed.join()
+    if feed is None:
+        return graph.replay
+
+    def replay() -> None:
+        with feed.replaying():
+            graph.replay()
+
+    return replay

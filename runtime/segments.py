@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 
 from djinn_fx.program import Program
@@ -16,5 +18,6 @@ def run_segments(program: Program, env: Env, first: int, last: int) -> None:
     """
     for segment in program.segments[first : last + 1]:
         arguments = [env[n] if n in env else program.weights[n] for n in segment.inputs]
-        results = segment.run(*arguments)
+        with nullcontext() if program.feed is None else program.feed.running(segment.index):
+            results = segment.run(*arguments)
         env.update(zip(segment.outputs, results, strict=True))

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -106,7 +107,7 @@ class Stage:
         inputs = int_views(self._ints, program.shape) | neutral_tables(specs, recorder.device)
         self.program, self.inputs, self.shared = program, tuple(inputs), frozenset(shared)
         self.env: Env = {**inputs, **shared}
-        self._steps = recorder.record(program, self.env)
+        self._steps = recorder.record(replace(program, feed=None), self.env)  # what is computed now nobody reads
         self._on: weakref.ref[Chunk] | None = None
 
     @property
@@ -142,8 +143,10 @@ class Stage:
 
     def run(self, first: int, last: int) -> None:
         """Run segments ``first`` to ``last`` (inclusive) of the chunk that is on it."""
-        for step in self._steps[first : last + 1]:
-            step()
+        feed = self.program.feed
+        for index in range(first, last + 1):
+            with nullcontext() if feed is None else feed.running(index):
+                self._steps[index]()
 
 
 @dataclass

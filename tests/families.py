@@ -1,7 +1,11 @@
-"""Tiny models whose weights are large enough that an edit changes what is said; token 2 ends a text."""
+"""Tiny models whose weights are large enough that an edit changes what is said; token 2 ends a text.
+
+They have two layers, or ``DJINN_TEST_LAYERS``.
+"""
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from typing import Any
 
@@ -9,6 +13,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 VOCAB, WIDTH, LENGTH, CHUNK, ROWS, EOS = 64, 32, 28, 8, 4, 2
+LAYERS = int(os.environ.get("DJINN_TEST_LAYERS", "2"))
 #: Path of the blocks, whose outputs are ``resid_post``.
 BLOCKS = {"gpt2": "transformer.h", "llama": "model.layers", "llama-bf16": "model.layers", "mistral": "model.layers"}
 
@@ -21,7 +26,7 @@ def family(name: str, device: str = "cpu") -> Any:
     grouped: dict[str, Any] = {
         "hidden_size": WIDTH,
         "intermediate_size": 48,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": LAYERS,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": LENGTH,
@@ -29,7 +34,9 @@ def family(name: str, device: str = "cpu") -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         if arch == "gpt2":
-            model: Any = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=WIDTH, n_head=4, n_positions=LENGTH, **shared))
+            model: Any = GPT2LMHeadModel(
+                GPT2Config(n_layer=LAYERS, n_embd=WIDTH, n_head=4, n_positions=LENGTH, **shared)
+            )
         elif arch == "llama":
             model = LlamaForCausalLM(LlamaConfig(**shared, **grouped))
         else:

@@ -23,7 +23,7 @@ from djinn_fx.benchmarks.tables import Picture, Table, figure
 from djinn_fx.benchmarks.waiting import waiting_calls
 from djinn_fx.cli import app
 
-ALL = {"interactivity", "decode", "checkpoint", "compile", "steps", "endurance"}
+ALL = {"interactivity", "decode", "checkpoint", "compile", "steps", "endurance", "virtual"}
 
 
 def context() -> Context:

@@ -1,0 +1,54 @@
+"""What a record of ``virtual`` shows."""
+
+from __future__ import annotations
+
+from djinn_fx.benchmarks.record import Json, Record
+from djinn_fx.benchmarks.tables import Picture, Table, figure, mebibytes, missing, number
+
+
+def tables(record: Record) -> list[Table]:
+    """One table: resident, then each budget with ours, the floor and Accelerate."""
+    results = record.results
+    plan = results["plan"]
+    heads = ["weights", "on the device", "streamed per step", "prompt, ms", "token, ms", "of the bus, prompt", "token"]
+    body = [_row("resident", results["resident"])]
+    for budget, cells in results["budgets"].items():
+        name = mebibytes(int(budget))
+        body.append(_row(f"{name}, ours", cells["ours"]))
+        if missing(cells["ours"]) is None:
+            floor = number(cells["ours"]["floor_ms"])
+            body.append([f"{name}, floor: the bus", "-", "-", floor, floor, "-", "-"])
+        body.append(_row(f"{name}, accelerate", cells.get("accelerate")))
+    note = (
+        f"One session, prompt of {plan['prompt']} tokens up to its first token, then milliseconds per token over "
+        f"blocks of {plan['block']}; medians. `of the bus`: the floor over the time. Ours is bit for bit what resident "
+        f"gives. The bus: {results['bus_bytes_per_second'] / 1e9:.1f} GB/s, one contiguous copy from pinned memory in "
+        "the same run."
+    )
+    return [Table("A model larger than the memory for its weights", heads, body, note)]
+
+
+def _row(name: str, cell: Json) -> list[str]:
+    why = missing(cell)
+    if why is not None:
+        return [name, why, *(["-"] * 5)]
+    streamed = mebibytes(cell["streamed"]) if "streamed" in cell else "-"
+    parts = [cell["prompt"], cell["decode"]]
+    shares = [f"{100 * part['bus_share']:.1f} %" if "bus_share" in part else "-" for part in parts]
+    return [name, mebibytes(cell["weights"]), streamed, *(figure(part) for part in parts), *shares]
+
+
+def pictures(record: Record) -> list[Picture]:
+    """Bars of milliseconds per token."""
+    bars: list[tuple[float | str, float]] = []
+    floor: dict[str, float] = {}
+    for budget, cells in record.results["budgets"].items():
+        for who, cell in cells.items():
+            if missing(cell) is None and missing(cell["decode"]) is None:
+                bars.append((f"{who}, {mebibytes(int(budget))}", cell["decode"]["median"]))
+        if missing(cells["ours"]) is None:
+            floor[f"the bus, {mebibytes(int(budget))}"] = cells["ours"]["floor_ms"]
+    if not bars:
+        return []
+    title = f"Milliseconds per token ({record.options['model']})"
+    return [Picture(name="virtual", title=title, kind="bars", series={"budgets": bars}, x="ms", floor=floor)]
