@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterable
 from functools import partial
@@ -39,6 +40,8 @@ def compile(
     edit_rank: int = 4,
     batch_invariant: bool = False,
     pinned_bytes: int = PINNED_BYTES,
+    disk_bytes: int = 0,
+    spill_dir: str | os.PathLike[str] | None = None,
     verify: bool = True,
 ) -> Dj: ...
 
@@ -66,6 +69,8 @@ def compile(
     edit_rank: int = 4,
     batch_invariant: bool = False,
     pinned_bytes: int = PINNED_BYTES,
+    disk_bytes: int = 0,
+    spill_dir: str | os.PathLike[str] | None = None,
     verify: bool = True,
 ) -> Dj | DjModule:
     """Compile a model into a program that can be stopped at any layer.
@@ -86,7 +91,9 @@ def compile(
         edit_rank: directions that one edit may have.
         batch_invariant: decode always in the program of ``max_sessions`` rows, so that a session's bits do not depend
             on who else is there.
-        pinned_bytes: most host memory that checkpoints in memory and offloaded sessions may take.
+        pinned_bytes: most host memory that checkpoints in memory and sessions off the device may take.
+        disk_bytes: most bytes of files that sessions go to when that is full; 0: none.
+        spill_dir: folder for those files; None: the system's folder for temporary files.
         verify: compare the captured model with the eager one before returning.
 
     Returns:
@@ -129,6 +136,8 @@ def compile(
         eos=_eos_of(model),
         vocab_size=source.vocab_size or 0,
         pinned_bytes=pinned_bytes,
+        disk_bytes=disk_bytes,
+        spill_dir=None if spill_dir is None else os.fspath(spill_dir),
         chunk_step=4 if backend == "inductor" else 2,  # each size is a compilation
         static=backend == "inductor",
     )

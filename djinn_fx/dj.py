@@ -30,6 +30,7 @@ from djinn_fx.runtime.observe import Observer
 from djinn_fx.runtime.options import EngineOptions, Tokenizer
 from djinn_fx.runtime.programs import ProgramCache, bucket
 from djinn_fx.runtime.receipt import Receipt, ReferenceRun, make_receipt, with_agreements
+from djinn_fx.runtime.residence import Memory, Place
 from djinn_fx.runtime.results import Result
 from djinn_fx.runtime.run import Run
 from djinn_fx.runtime.session import Session
@@ -250,28 +251,37 @@ class Dj(Looking):
         """What each compiler pass did to :attr:`program`."""
         return self.program.records
 
-    def memory(self) -> dict[str, int]:
+    def memory(self) -> Memory:
         """Bytes by component.
 
         Returns:
             on the device ``weights``, ``kv`` (the arena), ``kv_used`` (of it, positions that hold something),
             ``buffers`` (what compiled steps read and leave behind) and ``staging`` (for copies to the host); on the
-            host ``host`` (KV of offloaded sessions), ``pinned_used`` (that, and checkpoints in memory) and
-            ``pinned_capacity`` (all slabs; ``pinned_bytes`` bounds it).
+            host ``host`` (KV of sessions there), ``pinned_used`` (that, and checkpoints in memory),
+            ``pinned_capacity`` (all slabs) and its bound ``pinned_budget``; ``disk`` and its bound ``disk_budget``.
+            The attribute ``sessions`` of what is returned tells the same by session.
         """
         engine = self.engine
         with engine.lock:
             per_position = engine.arena.bytes_per_position
-            return {
+            places = tuple(
+                Place(s, s.tier, per_position * s.extent if s.host is None else s.host.nbytes, s.pinned, s.idle_hint)
+                for s in engine.sessions
+            )
+            found = {
                 "weights": sum(tensor.nbytes for tensor in engine.identity.weights.values()),
                 "kv": engine.arena.nbytes,
                 "kv_used": sum(per_position * session.extent for session in engine.sessions if session.resident),
                 "buffers": engine.buffer_bytes,
                 "staging": engine.transfer.staging_bytes,
-                "host": sum(session.host.nbytes for session in engine.sessions if session.host is not None),
+                "host": sum(place.nbytes for place in places if place.tier == "host"),
                 "pinned_used": engine.pool.used,
                 "pinned_capacity": engine.pool.capacity,
+                "pinned_budget": engine.pool.limit,
+                "disk": engine.tiers.disk.used,
+                "disk_budget": engine.tiers.disk.limit,
             }
+            return Memory(found, places)
 
     def explain(self) -> str:
         """A summary of the compiled program: passes, segments and what crosses each yield point."""
