@@ -20,7 +20,7 @@ import torch
 
 from djinn_fx.errors import CapacityError, CheckpointError
 from djinn_fx.kernels.rows import RowLayout
-from djinn_fx.runtime.pinned import HostPool
+from djinn_fx.runtime.pinned import HostPool, ordinary
 from djinn_fx.runtime.transfer import Parked
 
 #: Bytes that are summed, written or read at a time: other threads come between.
@@ -80,11 +80,6 @@ class Filed:
 
 
 _LOST = "Somebody changed spill_dir. Close the session, or restore a checkpoint of it; other sessions are untouched."
-
-
-def ordinary(nbytes: int) -> HostPool:
-    """Host memory for one block, not pinned and beyond every budget."""
-    return HostPool(nbytes + (1 << 16), pinned=False, slab=nbytes)
 
 
 class Disk:

@@ -185,9 +185,9 @@ class Engine:
         if session.resident:
             self.tiers.make_host_room(lambda: self.park(session))
 
-    def park(self, session: Session) -> None:
-        """:meth:`offload` into the host memory that is free now."""
-        sent = self.transfer.send(session.row, session.extent, leaving=True)
+    def park(self, session: Session, *, beyond: bool = False) -> None:
+        """:meth:`offload` into the host memory that is free now; with ``beyond``, into ordinary memory."""
+        sent = self.transfer.send(session.row, session.extent, leaving=True, beyond=beyond)
         self._drop_ahead(session.row)
         session.host = sent.parked
         self.arena.vacated(session.row)

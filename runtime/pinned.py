@@ -96,11 +96,6 @@ class Block:
     def __init__(self, tensor: torch.Tensor, lease: _Lease) -> None:
         self.tensor, self._lease = tensor, lease
 
-    @property
-    def slab(self) -> object:
-        """What it was cut from."""
-        return self._lease.slab
-
     def busy_until(self, event: torch.cuda.Event) -> None:
         """Nobody else may have this memory before ``event`` has passed, even if it is dropped."""
         self._lease.until = event
@@ -133,10 +128,6 @@ class HostPool:
         with self._lock:
             self._reap()
             return self.capacity - sum(size for slab in self._slabs for _, size in slab.free)
-
-    def holds(self, block: Block) -> bool:
-        """Whether a block was cut from this pool."""
-        return any(block.slab is slab for slab in self._slabs)
 
     def take(self, nbytes: int) -> Block:
         """A block of ``nbytes``, its contents undefined.
@@ -197,6 +188,11 @@ class HostPool:
                 lease.slab.give(lease.offset, lease.size)
             else:
                 self._dropped.append(lease)
+
+
+def ordinary(nbytes: int) -> HostPool:
+    """Host memory for one block, not pinned and beyond every budget."""
+    return HostPool(nbytes + (1 << 16), pinned=False, slab=nbytes)
 
 
 def outside_inference() -> AbstractContextManager[object]:

@@ -20,7 +20,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from djinn_fx.errors import CapacityError, CheckpointError
-from djinn_fx.runtime.disk import Disk, Filed, ordinary
+from djinn_fx.runtime.disk import Disk, Filed
 from djinn_fx.runtime.tables import BatchRow
 from djinn_fx.runtime.transfer import Parked
 
@@ -188,11 +188,12 @@ class Tiers:
         try:
             self.make_room(1, (session,), ahead=ahead)
         except CapacityError:
-            # Full up to the last byte: its own place in pinned memory is what another needs to make room for it.
-            if ahead or not isinstance(host, Parked) or not self._engine.pool.holds(host.block):
+            # Every tier is full, or in pieces too small. Whoever is here already goes on all the same: the other one
+            # waits in ordinary memory, beyond the budget by what this one leaves free there.
+            found = [] if ahead else self._movable((session,), ahead)
+            if not found:
                 raise
-            session.host = host = lifted(host)
-            self.make_room(1, (session,))
+            self._engine.park(found[0], beyond=True)
         self._engine.seat(session, host)
 
     def _from_disk(self, session: Session, filed: Filed) -> Parked:
@@ -236,15 +237,6 @@ class Tiers:
 
         with suppress(CapacityError, CheckpointError):
             self.roomy(back)
-
-
-def lifted(parked: Parked) -> Parked:
-    """The same KV in ordinary host memory; waits until it is there."""
-    if parked.arrived is not None:
-        parked.arrived.synchronize()
-    block = ordinary(parked.nbytes).take(parked.nbytes)
-    block.tensor.copy_(parked.block.tensor[: parked.nbytes])
-    return Parked(block, parked.layout, parked.length, parked.nbytes)
 
 
 def refresh(engine: Engine, session: Session) -> None:
