@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from djinn_fx.keeping import Keeping
 from djinn_fx.kernels.backend import uses_triton
 from djinn_fx.looking import Looking
 from djinn_fx.passes.context import Cuts, Lower
@@ -22,7 +23,6 @@ from djinn_fx.program import PassRecord, Program
 from djinn_fx.runtime import batch as batching
 from djinn_fx.runtime.agreement import Agreements
 from djinn_fx.runtime.arena import KVArena
-from djinn_fx.runtime.checkpoint import Checkpoint
 from djinn_fx.runtime.engine import Engine
 from djinn_fx.runtime.fingerprint import Identity
 from djinn_fx.runtime.guard import WeightGuard
@@ -30,7 +30,6 @@ from djinn_fx.runtime.observe import Observer
 from djinn_fx.runtime.options import EngineOptions, Tokenizer
 from djinn_fx.runtime.programs import ProgramCache, bucket
 from djinn_fx.runtime.receipt import Receipt, ReferenceRun, make_receipt, with_agreements
-from djinn_fx.runtime.residence import Memory, Place
 from djinn_fx.runtime.results import Result
 from djinn_fx.runtime.run import Run
 from djinn_fx.runtime.session import Session
@@ -39,7 +38,7 @@ from djinn_fx.sites import Site, SiteTable
 from djinn_fx.specs import Breakpoint, Edit, ProgramShape, Variant
 
 
-class Dj(Looking):
+class Dj(Looking, Keeping):
     """A compiled language model.
 
     Attributes:
@@ -162,24 +161,6 @@ class Dj(Looking):
         """Drive runs together to their ends, passing over breakpoints."""
         return batching.results(self.engine, list(runs))
 
-    def restore(
-        self,
-        checkpoint: Any,
-        breakpoints: Iterable[str | Breakpoint] = (),
-        exact: bool = True,
-    ) -> Session:
-        """Bring a checkpoint (a path or a :class:`Checkpoint`) back as a session.
-
-        Its run, if it had one, is ``session.run``; a run that stood at a stop stands there again.
-
-        Raises:
-            CheckpointError: damaged, of another model, or (with ``exact``) of another environment.
-            CapacityError, SiteNotCompiled.
-        """
-        self._alive()
-        loaded = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.load(checkpoint)
-        return loaded.restore_into(self.engine, breakpoints=breakpoints, exact=exact)
-
     # -- the compiled model --------------------------------------------------------------------
 
     def add_sites(self, sites: str | Iterable[str]) -> None:
@@ -250,38 +231,6 @@ class Dj(Looking):
     def passes(self) -> tuple[PassRecord, ...]:
         """What each compiler pass did to :attr:`program`."""
         return self.program.records
-
-    def memory(self) -> Memory:
-        """Bytes by component.
-
-        Returns:
-            on the device ``weights``, ``kv`` (the arena), ``kv_used`` (of it, positions that hold something),
-            ``buffers`` (what compiled steps read and leave behind) and ``staging`` (for copies to the host); on the
-            host ``host`` (KV of sessions there), ``pinned_used`` (that, and checkpoints in memory),
-            ``pinned_capacity`` (all slabs) and its bound ``pinned_budget``; ``disk`` and its bound ``disk_budget``.
-            The attribute ``sessions`` of what is returned tells the same by session.
-        """
-        engine = self.engine
-        with engine.lock:
-            per_position = engine.arena.bytes_per_position
-            places = tuple(
-                Place(s, s.tier, per_position * s.extent if s.host is None else s.host.nbytes, s.pinned, s.idle_hint)
-                for s in engine.sessions
-            )
-            found = {
-                "weights": sum(tensor.nbytes for tensor in engine.identity.weights.values()),
-                "kv": engine.arena.nbytes,
-                "kv_used": sum(per_position * session.extent for session in engine.sessions if session.resident),
-                "buffers": engine.buffer_bytes,
-                "staging": engine.transfer.staging_bytes,
-                "host": sum(place.nbytes for place in places if place.tier == "host"),
-                "pinned_used": engine.pool.used,
-                "pinned_capacity": engine.pool.capacity,
-                "pinned_budget": engine.pool.limit,
-                "disk": engine.tiers.disk.used,
-                "disk_budget": engine.tiers.disk.limit,
-            }
-            return Memory(found, places)
 
     def explain(self) -> str:
         """A summary of the compiled program: passes, segments and what crosses each yield point."""

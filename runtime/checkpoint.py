@@ -142,8 +142,11 @@ class Checkpoint:
         self._contents()
         return self
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
+    def save(self, path: str | os.PathLike[str]) -> Path | str:
         """Write it, with the fingerprint of the weights as they are now, whole or not at all; returns the path.
+
+        Any address of fsspec will do, such as ``memory://name``; see docs/checkpoints.md for what is whole there.
+        Decoding goes on meanwhile: nothing here takes the engine's lock.
 
         A breakpoint whose ``when=`` is a function of your own is left out, with a warning.
 
@@ -245,7 +248,7 @@ class Checkpoint:
         return f"Checkpoint({len(session['tokens'])} tokens{at}, {self.nbytes} bytes)"
 
 
-def take_checkpoint(session: Session) -> Checkpoint:
+def take_checkpoint(session: Session, *, between: bool = False) -> Checkpoint:
     """A checkpoint of a session as it stands; the caller holds the engine's lock.
 
     On CUDA its copies are only begun, in the order of the current stream, and nothing is written down yet.
@@ -255,7 +258,7 @@ def take_checkpoint(session: Session) -> Checkpoint:
         CapacityError: no host memory is left.
     """
     engine = session.engine
-    taken, values = snapshot(session)
+    taken, values = snapshot(session, between=between)
     row = session.row if session.host is None else None  # nothing writes into what was offloaded: it is shared
     sent = engine.transfer.send(row, session.length, values)
     parked = session.host or sent.parked

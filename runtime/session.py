@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -31,6 +32,7 @@ class Session(Residence):
     def __init__(self, engine: Engine, row: int, seed: int) -> None:
         super().__init__(engine, row)
         self.seed = seed
+        self.saved_path: Path | None = None  # the file from which it was recovered
         self.token_list: list[int] = []
         self.sampled: list[bool] = []
         self.length = 0
@@ -235,6 +237,17 @@ class Session(Residence):
             return self.engine.tiers.make_host_room(lambda: take_checkpoint(self))
 
         return self.engine.tiers.roomy(act)
+
+    def checkpoint_between(self) -> Checkpoint:
+        """:meth:`checkpoint`, also between two steps of a run that is being driven; the caller holds the lock."""
+        from djinn_fx.runtime.checkpoint import take_checkpoint
+
+        return take_checkpoint(self, between=True)
+
+    def saved_as(self, folder: Path) -> str | None:
+        """The name of the file in ``folder`` from which it was recovered, or None."""
+        path = self.saved_path
+        return path.name if path is not None and path.parent.resolve() == folder.resolve() else None
 
     def require_open(self) -> None:
         """Raise :class:`SessionClosed` if the session was closed."""

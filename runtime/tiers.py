@@ -15,7 +15,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Collection
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -69,8 +69,7 @@ class Tiers:
                     return act()
             except Waiting as waiting:
                 job = waiting.job
-            with suppress(CapacityError, CheckpointError):  # said again, in its place, by the next try
-                job.result()
+            wait([job])  # what went wrong there is said by the next try
 
     # -- down ----------------------------------------------------------------------------------
 
@@ -93,12 +92,12 @@ class Tiers:
         found = self._movable(keep, ahead)
         if arena.free_rows + len(found) < count:
             arena.require(count)
-        full: CapacityError | None = None
+        full: str | None = None  # not the error itself: its traceback would keep what lies in these frames
         for session in found:
             try:
                 self._engine.park(session)
             except CapacityError as error:
-                full = error  # a shorter one may still fit
+                full = str(error)  # a shorter one may still fit
             if arena.free_rows >= count:
                 return
         self._spill_one(full)
@@ -113,8 +112,8 @@ class Tiers:
         self._settle()
         try:
             return act()
-        except CapacityError as full:
-            self._spill_one(full)
+        except CapacityError:
+            self._spill_one(None)
             raise
 
     def seats(self, mine: Collection[Session]) -> int:
@@ -131,7 +130,7 @@ class Tiers:
             found = [s for s in found if _left(s, now) > LEAD or (s.idle_hint is None and now - s.paused_at > LEAD)]
         return sorted(found, key=lambda s: _order(s, now))
 
-    def _spill_one(self, full: CapacityError | None) -> None:
+    def _spill_one(self, full: str | None) -> None:
         """Begin to write a parked session to the disk and wait for it; the caller has no room else.
 
         Raises:
@@ -149,7 +148,7 @@ class Tiers:
                 self._writing[session] = host, job
                 raise Waiting(job)
         if full is not None:
-            raise full
+            raise CapacityError(full)
 
     def _settle(self) -> None:
         """Take over what the disk is through with.
@@ -157,15 +156,16 @@ class Tiers:
         Raises:
             CapacityError: it refused to write.
         """
-        failed: BaseException | None = None
+        failed: str | None = None
         for session, (parked, written) in list(self._writing.items()):
             if written.done():
                 del self._writing[session]
-                failed = failed or written.exception()
-                if written.exception() is None and session.host is parked and not session.closed:
+                if written.exception() is not None:
+                    failed = str(written.exception())
+                elif session.host is parked and not session.closed:
                     session.host = written.result()
         if failed is not None:
-            raise failed
+            raise CapacityError(failed)
 
     # -- up ------------------------------------------------------------------------------------
 

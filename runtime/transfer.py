@@ -21,7 +21,7 @@ import torch
 from djinn_fx.errors import CapacityError
 from djinn_fx.kernels.rows import RowLayout
 from djinn_fx.runtime.arena import KVArena
-from djinn_fx.runtime.pinned import Block, HostPool, outside_inference
+from djinn_fx.runtime.pinned import Block, HostPool, ordinary, outside_inference
 
 #: Bytes of the staging buffer on the device, hence of the longest piece.
 STAGING = 32 << 20
@@ -127,13 +127,22 @@ class Transfer:
         """Bytes of device memory that it takes."""
         return 0 if self._staging is None else self._staging.nbytes
 
-    def send(self, row: int | None, length: int, extra: torch.Tensor | None = None, *, leaving: bool = False) -> Sent:
+    def send(
+        self,
+        row: int | None,
+        length: int,
+        extra: torch.Tensor | None = None,
+        *,
+        leaving: bool = False,
+        beyond: bool = False,
+    ) -> Sent:
         """Begin to copy positions ``[0, length)`` of a row to the host, and one tensor with it.
 
         Args:
             row: the row; None sends ``extra`` alone.
             length: how many positions.
             extra: contiguous, on the arena's device, not written from now on. On the CPU it is kept as it is.
+            beyond: to ordinary memory that no budget counts; on CUDA the host waits for that.
             leaving: zero the row once it is packed; the caller gives it back with :meth:`KVArena.vacated`.
 
         Raises:
@@ -142,7 +151,8 @@ class Transfer:
         packer, cuda = self._arena.packer, self._arena.device.type == "cuda"
         size = 0 if row is None else length * packer.width
         start = -(-size // _GAP) * _GAP
-        block = self._pool.take(start + extra.nbytes if cuda and extra is not None else size)
+        whole = start + extra.nbytes if cuda and extra is not None else size
+        block = (ordinary(whole) if beyond else self._pool).take(whole)
         parked = None if row is None else Parked(block, packer.layout, length, size)
         if not cuda:
             if row is not None:
