@@ -99,7 +99,7 @@ def test_a_full_disk_leaves_the_old_file(one: djinn.Dj, tmp_path: Path, monkeypa
 
         with monkeypatch.context() as patched:
             patched.setattr(os, "fsync", refuse)
-            with pytest.raises(djinn.CheckpointError, match="No space left on device.*Nothing changed"):
+            with pytest.raises(djinn.CheckpointError, match=r"No space left on device.*Nothing changed"):
                 session.checkpoint().save(path)
         assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
