@@ -17,8 +17,8 @@ import djinn_fx as djinn
 from djinn_fx.runtime.checkpoint import Checkpoint
 from tests.runtime.tiny import another_dj, assert_same, generated, prompt
 
-#: Kills of a saving process; 200 take some minutes.
-KILLS = int(os.environ.get("DJINN_KILLS", "20"))
+#: Kills of a saving process; 200 take some seconds.
+KILLS = int(os.environ.get("DJINN_KILLS", "200"))
 
 
 def child(what: str, path: Path) -> subprocess.Popen[str]:
