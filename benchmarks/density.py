@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -165,9 +166,7 @@ def run(context: Context) -> dict[str, Json]:
     truth: dict[int, list[int]] = {}
     for count in counts:
         for way in ("resident", *(name for name in WAYS if name != "resident")):
-            cell = context.part(
-                f"{way}, {count} agents", lambda way=way, count=count: measure(bench, way, count, truth)
-            )  # type: ignore[misc]
+            cell = context.part(f"{way}, {count} agents", partial(measure, bench, way, count, truth))
             found["ways"].setdefault(way, {})[str(count)] = cell
     found["others"] = context.part("what moves cost others", lambda: others(bench))
     return found

@@ -21,8 +21,8 @@ def tables(record: Record) -> list[Table]:
     heads = ["way", "agents", "first token P50 ms", "P99", "turn P50 ms", "P99", "same tokens"]
     note = (
         f"{results['turns']} turns of {results['new']} tokens after a prompt of {results['prompt']}; first turns not "
-        f"counted; {results['rows']} KV rows, for `resident` one an agent. Turns come one at a time. `per layer`: Hugging "
-        "Face's eager model, the KV of each layer copied to the host and back, as its OffloadedCache does."
+        f"counted; {results['rows']} KV rows, for `resident` one an agent. Turns come one at a time. `per layer`: "
+        "Hugging Face's eager model, the KV of each layer copied to the host and back, as its OffloadedCache does."
     )
     return [Table("Agents in turns", heads, rows, note), _others(results["others"])]
 

@@ -123,7 +123,7 @@ class Residence:
         def act() -> None:
             self.require_open()
             if pinned:
-                self.engine.bring_back(self)
+                self.engine.tiers.bring_back(self)  # whoever uses it first waits for it
             self.pinned = pinned
 
         self.engine.tiers.roomy(act)
