@@ -67,7 +67,8 @@ class Ours:
 
     def turn(self, agent: int, first: Callable[[], object]) -> list[int]:
         """One turn; ``first`` is called when its first token is there."""
-        session, told = self.sessions[agent], []
+        session = self.sessions[agent]
+        told: list[int] = []
 
         def hear(token: int) -> None:
             if not told:
@@ -122,7 +123,9 @@ class PerLayer:
         """See :meth:`Ours.turn`."""
         from transformers import DynamicCache
 
-        cache, device, told = DynamicCache(), self.bench.loaded.device, []
+        cache: Any = DynamicCache()
+        device = self.bench.loaded.device
+        told: list[int] = []
         for layer, (keys, values) in enumerate(self.kept[agent] or ()):
             cache.update(keys.to(device, non_blocking=True), values.to(device, non_blocking=True), layer)
         tokens = self.last[agent]
@@ -133,15 +136,19 @@ class PerLayer:
                 first()
             told += tokens
         self.last[agent] = tokens
-        self.kept[agent] = [(self._host(layer.keys), self._host(layer.values)) for layer in cache.layers]
+        self.kept[agent] = [(_host(layer.keys), _host(layer.values)) for layer in cache.layers]
         return told
-
-    def _host(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.cpu().pin_memory() if tensor.is_cuda else tensor.clone()
 
     def close(self) -> None:
         """Drop the caches."""
         self.kept = []
+
+
+def _host(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in host memory, pinned for a GPU."""
+    if not tensor.is_cuda:
+        return tensor.clone()
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
 
 
 #: The ways: what makes one, and how many rows it has for so many agents; 0: as many as agents.
@@ -169,6 +176,8 @@ def run(context: Context) -> dict[str, Json]:
             cell = context.part(f"{way}, {count} agents", partial(measure, bench, way, count, truth))
             found["ways"].setdefault(way, {})[str(count)] = cell
     found["others"] = context.part("what moves cost others", lambda: others(bench))
+    for dj in bench.compiled.values():
+        dj.close()
     return found
 
 
@@ -227,9 +236,8 @@ def others(bench: Bench) -> Json:
                     guest.pin()
                     guest.pin(False)
                     guests[(turn + 1) % len(guests)].offload()
-                call = lambda: worker.generate(None, max_new_tokens=1).run_to_end()  # noqa: E731
                 begun = time.perf_counter()
-                call()
+                worker.generate(None, max_new_tokens=1).run_to_end()
                 samples.append(1e3 * (time.perf_counter() - begun))
     finally:
         server.close()

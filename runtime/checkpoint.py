@@ -142,7 +142,7 @@ class Checkpoint:
         self._contents()
         return self
 
-    def save(self, path: str | os.PathLike[str]) -> Path | str:
+    def save(self, path: str | os.PathLike[str]) -> Path:
         """Write it, with the fingerprint of the weights as they are now, whole or not at all; returns the path.
 
         Any address of fsspec will do, such as ``memory://name``; see docs/checkpoints.md for what is whole there.

@@ -35,10 +35,8 @@ _DIGEST_FIELD = re.compile(rb'"djinn_sha256":"([0-9a-f]{64})"')
 _AGAIN = "Restore from another copy, or take the checkpoint again."
 
 
-def write_file(
-    path: str | os.PathLike[str], document: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
-) -> Path | str:
-    """Write a checkpoint file; ``tensors`` lie on the CPU. Returns the path, or the address as it was given.
+def write_file(path: str | os.PathLike[str], document: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Path:
+    """Write a checkpoint file; ``tensors`` lie on the CPU. Returns the path; that of an address is of no use.
 
     Raises:
         CheckpointError: it could not be written; nothing changed under the name.
@@ -51,7 +49,8 @@ def write_file(
         "djinn": json.dumps({**document, "checksums": checksums}, allow_nan=False, separators=(",", ":")),
     }
     if is_url(path):
-        return _write_url(os.fspath(path), held, metadata)
+        _write_url(os.fspath(path), held, metadata)
+        return Path(path)
     target = local(path)
     draft = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -110,7 +109,7 @@ def local(path: str | os.PathLike[str]) -> Path:
     return Path(os.fspath(path).removeprefix("file://"))
 
 
-def _write_url(address: str, held: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> str:
+def _write_url(address: str, held: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
     """Write to an address, with one call of its file system: what is whole then, and when, is up to that one."""
     with tempfile.TemporaryDirectory(prefix="djinn-") as folder:
         draft = Path(folder) / "checkpoint.safetensors"
@@ -126,7 +125,6 @@ def _write_url(address: str, held: Mapping[str, torch.Tensor], metadata: dict[st
                 f"cannot write the checkpoint {address!r}: {type(error).__name__}: {error}. See that the address is "
                 "right, may be written and has room."
             ) from error
-    return address
 
 
 def _fetched(address: str, to: Path) -> Path:
@@ -146,7 +144,7 @@ def _fetched(address: str, to: Path) -> Path:
 def _system(address: str) -> tuple[Any, str]:
     """The file system of an address, and the place in it."""
     try:
-        from fsspec.core import url_to_fs
+        from fsspec.core import url_to_fs  # type: ignore[import-untyped]
     except ImportError as error:
         raise CheckpointError(f"{address!r} needs fsspec: pip install fsspec.") from error
     system, place = url_to_fs(address)

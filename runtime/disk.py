@@ -64,7 +64,7 @@ class Filed:
             block = block or ordinary(self.nbytes).take(self.nbytes)
             total, place, memory = 0, 0, block.tensor.numpy()
             with self.path.open("rb") as file:
-                while place < self.nbytes and (got := file.readinto(memory[place : place + STRETCH].data)):  # type: ignore[attr-defined]
+                while place < self.nbytes and (got := file.readinto(memory[place : place + STRETCH].data)):
                     total = zlib.crc32(memory[place : place + got].data, total)
                     place += got
         except MemoryError as error:
@@ -147,7 +147,7 @@ class Disk:
             try:
                 with path.open("wb", buffering=0) as file:
                     for start in range(0, parked.nbytes, STRETCH):
-                        part = memoryview(data[start : start + STRETCH])
+                        part = data[start : start + STRETCH].data
                         total = zlib.crc32(part, total)
                         while part:
                             part = part[file.write(part) :]

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from djinn_fx.runtime.disk import Filed
     from djinn_fx.runtime.engine import Engine
     from djinn_fx.runtime.run import Run
+    from djinn_fx.runtime.session import Session
     from djinn_fx.runtime.transfer import Parked
 
 
@@ -72,6 +73,10 @@ class Residence:
         """Raise :class:`SessionClosed` if the session was closed."""
         raise NotImplementedError
 
+    @property
+    def _itself(self) -> Session:
+        raise NotImplementedError
+
     def require_still(self) -> None:
         """Raise :class:`SessionBusy` while a thread is driving the session's run."""
         raise NotImplementedError
@@ -109,7 +114,7 @@ class Residence:
             self.require_still()
             if self.pinned:
                 raise InvalidValue("this session is pinned to the device; call s.pin(False) first.")
-            self.engine.offload(self)
+            self.engine.offload(self._itself)
 
         self.engine.tiers.roomy(act)
 
@@ -123,7 +128,7 @@ class Residence:
         def act() -> None:
             self.require_open()
             if pinned:
-                self.engine.tiers.bring_back(self)  # whoever uses it first waits for it
+                self.engine.tiers.bring_back(self._itself)  # whoever uses it first waits for it
             self.pinned = pinned
 
         self.engine.tiers.roomy(act)
@@ -140,4 +145,4 @@ class Residence:
         with self.engine.lock:
             self.require_open()
             self._idle_hint, self.paused_at = seconds, time.monotonic()
-            self.engine.tiers.expect(self)
+            self.engine.tiers.expect(self._itself)

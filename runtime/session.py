@@ -44,6 +44,10 @@ class Session(Residence):
         self.closed = False
         self._run: Run | None = None
 
+    @property
+    def _itself(self) -> Session:
+        return self
+
     # -- runs ----------------------------------------------------------------------------------
 
     def generate(
