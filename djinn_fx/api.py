@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterable
 from functools import partial
@@ -42,6 +43,8 @@ def compile(
     edit_rank: int = 4,
     batch_invariant: bool = False,
     pinned_bytes: int = PINNED_BYTES,
+    disk_bytes: int = 0,
+    spill_dir: str | os.PathLike[str] | None = None,
     verify: bool = True,
     device: torch.device | str | None = None,
     weights_bytes: int | None = None,
@@ -71,6 +74,8 @@ def compile(
     edit_rank: int = 4,
     batch_invariant: bool = False,
     pinned_bytes: int = PINNED_BYTES,
+    disk_bytes: int = 0,
+    spill_dir: str | os.PathLike[str] | None = None,
     verify: bool = True,
     device: torch.device | str | None = None,
     weights_bytes: int | None = None,
@@ -94,7 +99,9 @@ def compile(
         edit_rank: directions that one edit may have.
         batch_invariant: decode always in the program of ``max_sessions`` rows, so that a session's bits do not depend
             on who else is there.
-        pinned_bytes: most host memory that checkpoints in memory and offloaded sessions may take.
+        pinned_bytes: most host memory that checkpoints in memory and sessions off the device may take.
+        disk_bytes: most bytes of files that sessions go to when that is full; 0: none.
+        spill_dir: folder for those files; None: the system's folder for temporary files.
         verify: compare the captured model with the eager one before returning.
         device: where to run a language model that lies on the CPU: its weights are copied there. Default: where it is.
         weights_bytes: most device memory that the weights may take. Layers that do not fit lie in host memory (pinned,
@@ -145,6 +152,8 @@ def compile(
         eos=_eos_of(model),
         vocab_size=source.vocab_size or 0,
         pinned_bytes=pinned_bytes,
+        disk_bytes=disk_bytes,
+        spill_dir=None if spill_dir is None else os.fspath(spill_dir),
         chunk_step=4 if backend == "inductor" else 2,  # each size is a compilation
         static=backend == "inductor",
     )

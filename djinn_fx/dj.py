@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from djinn_fx.keeping import Keeping
 from djinn_fx.looking import Looking
-from djinn_fx.making import Making, build_choices, weight_bytes
+from djinn_fx.making import Making, build_choices
 from djinn_fx.passes.context import Lower
 from djinn_fx.passes.exports import ExportCache
 from djinn_fx.passes.inductor import InductorLowering
@@ -22,7 +23,6 @@ from djinn_fx.program import PassRecord, Program
 from djinn_fx.runtime import batch as batching
 from djinn_fx.runtime.agreement import Agreements
 from djinn_fx.runtime.arena import KVArena
-from djinn_fx.runtime.checkpoint import Checkpoint
 from djinn_fx.runtime.engine import Engine
 from djinn_fx.runtime.fingerprint import Identity
 from djinn_fx.runtime.guard import WeightGuard
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from djinn_fx.explain import Explanation
 
 
-class Dj(Looking):
+class Dj(Looking, Keeping):
     """A compiled language model.
 
     Attributes:
@@ -165,24 +165,6 @@ class Dj(Looking):
         """Drive runs together to their ends, passing over breakpoints."""
         return batching.results(self.engine, list(runs))
 
-    def restore(
-        self,
-        checkpoint: Any,
-        breakpoints: Iterable[str | Breakpoint] = (),
-        exact: bool = True,
-    ) -> Session:
-        """Bring a checkpoint (a path or a :class:`Checkpoint`) back as a session.
-
-        Its run, if it had one, is ``session.run``; a run that stood at a stop stands there again.
-
-        Raises:
-            CheckpointError: damaged, of another model, or (with ``exact``) of another environment.
-            CapacityError, SiteNotCompiled.
-        """
-        self._alive()
-        loaded = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.load(checkpoint)
-        return loaded.restore_into(self.engine, breakpoints=breakpoints, exact=exact)
-
     # -- the compiled model --------------------------------------------------------------------
 
     def add_sites(self, sites: str | Iterable[str]) -> None:
@@ -253,29 +235,6 @@ class Dj(Looking):
     def passes(self) -> tuple[PassRecord, ...]:
         """What each compiler pass did to :attr:`program`."""
         return self.program.records
-
-    def memory(self) -> dict[str, int]:
-        """Bytes by component.
-
-        Returns:
-            on the device ``weights`` (with the room for those that stream), ``kv`` (the arena), ``kv_used`` (of it,
-            positions that hold something), ``buffers`` (what compiled steps read and leave behind) and ``staging`` (for
-            copies to the host); on the host ``weights_streamed``, ``host`` (KV of offloaded sessions), ``pinned_used``
-            (that, and checkpoints in memory) and ``pinned_capacity`` (all slabs; ``pinned_bytes`` bounds it).
-        """
-        engine = self.engine
-        with engine.lock:
-            per_position = engine.arena.bytes_per_position
-            return {
-                **weight_bytes(engine.identity.weights, self._weights),
-                "kv": engine.arena.nbytes,
-                "kv_used": sum(per_position * session.extent for session in engine.sessions if session.resident),
-                "buffers": engine.buffer_bytes,
-                "staging": engine.transfer.staging_bytes,
-                "host": sum(session.host.nbytes for session in engine.sessions if session.host is not None),
-                "pinned_used": engine.pool.used,
-                "pinned_capacity": engine.pool.capacity,
-            }
 
     def reload_weights(self) -> None:
         """Take over changes of the model's weights that leave no trace, where programs read copies of them.

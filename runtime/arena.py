@@ -48,6 +48,7 @@ class KVArena:
         self.names = tuple(self.env)
         self.packer = Rows(list(self.env.values()))
         self._read: dict[int, torch.cuda.Event] = {}
+        self._moving: dict[int, torch.cuda.Event] = {}
 
     @property
     def free_rows(self) -> int:
@@ -75,12 +76,38 @@ class KVArena:
         Raises:
             CapacityError: fewer are free.
         """
+        self.require(count)
+        if self._moving:  # a row that a session is still leaving comes last
+            self._free.sort(key=lambda row: row not in self._moving or self._moving[row].query())
+        return [self._free.pop() for _ in range(count)]
+
+    def require(self, count: int) -> None:
+        """Raise :class:`CapacityError` unless ``count`` rows are free."""
         if count > len(self._free):
             raise CapacityError(
                 f"{count} KV row(s) needed, {len(self._free)} of {self.rows} free. Close or offload() a session "
-                "(dj.sessions lists them), or compile with a larger max_sessions."
+                "(dj.sessions lists them) or unpin one: those that are pinned or in the middle of a step do not make "
+                "room by themselves. Or compile with a larger max_sessions."
             )
-        return [self._free.pop() for _ in range(count)]
+
+    def moving(self, row: int, until: torch.cuda.Event) -> None:
+        """Note that another stream fills or clears a row until this event passes: nobody may use it before."""
+        self._read.pop(row, None)  # that stream keeps the order itself
+        self._moving[row] = until
+
+    def on_the_way(self, row: int) -> torch.cuda.Event | None:
+        """What :meth:`moving` noted of a row, if it has not passed yet."""
+        event = self._moving.get(row)
+        if event is not None and event.query():
+            del self._moving[row]
+            return None
+        return event
+
+    def arrive(self, row: int) -> None:
+        """Before a row is used: the current stream waits until its content has come. The host does not wait."""
+        event = self._moving.pop(row, None)
+        if event is not None:
+            torch.cuda.current_stream(self.device).wait_event(event)
 
     def reading(self, row: int, until: torch.cuda.Event) -> None:
         """Note that another stream reads a row until this event passes."""
@@ -97,8 +124,13 @@ class KVArena:
 
     def release(self, row: int) -> None:
         """Zero a row and give it back, so that nothing of its session stays behind."""
+        self.arrive(row)
         self.settle(row)
         self.packer.clear(row)
+        self._free.append(row)
+
+    def vacated(self, row: int) -> None:
+        """Give back a row that was zeroed, or will be by the stream that :meth:`moving` told of."""
         self._free.append(row)
 
     def copy(self, source: int, targets: Sequence[int], length: int) -> None:

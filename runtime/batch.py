@@ -36,10 +36,18 @@ def _stops(engine: Engine, runs: Sequence[Run]) -> Iterator[Stop]:
             moving = [run for run in runs if not run.finished and not _held(run)]
             if not moving:
                 return
-            found = engine.iterate(moving)
+            seats = _seats(engine, moving)
+            waves = [moving[first : first + seats] for first in range(0, len(moving), seats)]
+            found = [stop for wave in waves for stop in engine.iterate([run for run in wave if not run.finished])]
         for stop in found:
             if stop.current:
                 yield stop.handed_out()
+
+
+def _seats(engine: Engine, runs: Sequence[Run]) -> int:
+    """How many of these runs may take a step together."""
+    with engine.lock:
+        return max(1, engine.tiers.seats({run.session for run in runs}))
 
 
 def _held(run: Run) -> bool:
@@ -51,7 +59,7 @@ def results(engine: Engine, runs: Sequence[Run]) -> list[Result]:
     _require_one_engine(engine, runs)
     with quiet(runs):
         while moving := [run for run in runs if not run.finished]:
-            engine.iterate(moving)
+            engine.iterate(moving[: _seats(engine, moving)])  # those beyond the rows come when these are done
     return [engine.result_of(run) for run in runs]
 
 
@@ -125,7 +133,7 @@ def generate(
     todo: Iterable[Request],
     begin: Callable[[Session, Request], Run],
 ) -> list[Result]:
-    """Run requests batched, as many at a time as rows are free; a breakpoint that fires ends its row.
+    """Run requests batched, as many at a time as rows can be had; a breakpoint that fires ends its row.
 
     Args:
         engine: the model's engine.
@@ -158,7 +166,7 @@ def _admit(
 ) -> None:
     while queue:
         try:
-            session = engine.open_session(queue[0].seed)
+            session = engine.open_session(queue[0].seed, [run.session for run in live.values()])
         except CapacityError:
             break  # the next row that comes free is taken then
         request = queue.popleft()
@@ -171,6 +179,7 @@ def _admit(
             raise
     if not live:
         raise CapacityError(
-            f"no KV row is free: open sessions hold all {engine.arena.rows}. Close or offload() one, "
-            "or compile with a larger max_sessions."
+            f"no KV row is free: open sessions hold all {engine.arena.rows}, pinned, in the middle of a step, or with "
+            "no place left to move to. Close or offload() one, or compile with a larger max_sessions, pinned_bytes or "
+            "disk_bytes."
         )

@@ -16,6 +16,7 @@ from djinn_fx.errors import CheckpointError, DjinnError, InvalidValue, SessionCl
 from djinn_fx.runtime.breakpoints import arm_breakpoints
 from djinn_fx.runtime.checkpoint_file import read_file, write_file
 from djinn_fx.runtime.codec import Decoder, Encoder
+from djinn_fx.runtime.disk import Filed
 from djinn_fx.runtime.fingerprint import (
     Identity,
     describe_environment,
@@ -82,9 +83,13 @@ class Pending:
 class Kept:
     """KV that was sent: the first ``length`` positions of what is parked, under ``names``."""
 
-    parked: Parked
+    parked: Parked | Filed
     length: int
     names: tuple[str, ...]
+
+    def in_memory(self) -> Parked:
+        """The KV, read from the disk if its session lay there."""
+        return self.parked if isinstance(self.parked, Parked) else self.parked.read(None)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """By arena name, ``[heads, length, dim]``; views."""
@@ -140,6 +145,9 @@ class Checkpoint:
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write it, with the fingerprint of the weights as they are now, whole or not at all; returns the path.
 
+        Any address of fsspec will do, such as ``memory://name``; see docs/checkpoints.md for what is whole there.
+        Decoding goes on meanwhile: nothing here takes the engine's lock.
+
         A breakpoint whose ``when=`` is a function of your own is left out, with a warning.
 
         Raises:
@@ -188,18 +196,24 @@ class Checkpoint:
         more = arm_breakpoints(breakpoints, engine.table, engine.sites, engine.dtype, engine.device)
         if more and state.run is None:
             raise InvalidValue("this checkpoint holds no run to give breakpoints= to; give them to the next call.")
-        with engine.lock:
-            session = engine.open_session(state.seed)
+        parked = None if self._kv is None else self._kv.in_memory()
+
+        def act() -> Session:
+            session = engine.seated_session(state.seed)
             try:
-                if self._kv is None:
+                engine.arena.arrive(session.row)
+                if parked is None:
                     engine.arena.write(session.row, [contents.tensors[name] for name in engine.arena.env])
                 else:
-                    engine.transfer.receive(self._kv.parked, session.row)
+                    engine.transfer.receive(parked, session.row)
+                    engine.arena.arrive(session.row)
                 fill(session, state, more, exact)
             except BaseException:
                 session.close()
                 raise
-        return session
+            return session
+
+        return engine.tiers.roomy(act)
 
     def _weights(self) -> dict[str, str]:
         """The fingerprint of the weights it belongs to."""
@@ -234,7 +248,7 @@ class Checkpoint:
         return f"Checkpoint({len(session['tokens'])} tokens{at}, {self.nbytes} bytes)"
 
 
-def take_checkpoint(session: Session) -> Checkpoint:
+def take_checkpoint(session: Session, *, between: bool = False) -> Checkpoint:
     """A checkpoint of a session as it stands; the caller holds the engine's lock.
 
     On CUDA its copies are only begun, in the order of the current stream, and nothing is written down yet.
@@ -244,7 +258,7 @@ def take_checkpoint(session: Session) -> Checkpoint:
         CapacityError: no host memory is left.
     """
     engine = session.engine
-    taken, values = snapshot(session)
+    taken, values = snapshot(session, between=between)
     row = session.row if session.host is None else None  # nothing writes into what was offloaded: it is shared
     sent = engine.transfer.send(row, session.length, values)
     parked = session.host or sent.parked

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import secrets
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,12 +36,11 @@ _AGAIN = "Restore from another copy, or take the checkpoint again."
 
 
 def write_file(path: str | os.PathLike[str], document: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Path:
-    """Write a checkpoint file; ``tensors`` lie on the CPU.
+    """Write a checkpoint file; ``tensors`` lie on the CPU. Returns the path; that of an address is of no use.
 
     Raises:
         CheckpointError: it could not be written; nothing changed under the name.
     """
-    target = Path(path)
     held = _apart(tensors)
     checksums = {name: _checksum(tensor) for name, tensor in held.items()}
     metadata = {
@@ -48,6 +48,10 @@ def write_file(path: str | os.PathLike[str], document: Mapping[str, Any], tensor
         "djinn_sha256": _NO_DIGEST,
         "djinn": json.dumps({**document, "checksums": checksums}, allow_nan=False, separators=(",", ":")),
     }
+    if is_url(path):
+        _write_url(os.fspath(path), held, metadata)
+        return Path(path)
+    target = local(path)
     draft = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         draft.touch()
@@ -74,7 +78,10 @@ def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, t
     Raises:
         CheckpointError: not readable, cut off, damaged, not a checkpoint, or of another format.
     """
-    source = Path(path)
+    if is_url(path):
+        with tempfile.TemporaryDirectory(prefix="djinn-") as folder:
+            return read_file(_fetched(os.fspath(path), Path(folder) / "checkpoint.safetensors"))
+    source = local(path)
     try:
         document = _document(source)
         checksums = document.pop("checksums")
@@ -90,6 +97,58 @@ def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, t
         if checksums.get(name) != found.get(name):
             raise _damaged(source, f"tensor {name!r} does not match its checksum")
     return document, tensors
+
+
+def is_url(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is an address that fsspec serves, other than of a local file."""
+    return "://" in os.fspath(path) and not os.fspath(path).startswith("file://")
+
+
+def local(path: str | os.PathLike[str]) -> Path:
+    """The local file of a path or a ``file://`` address."""
+    return Path(os.fspath(path).removeprefix("file://"))
+
+
+def _write_url(address: str, held: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Write to an address, with one call of its file system: what is whole then, and when, is up to that one."""
+    with tempfile.TemporaryDirectory(prefix="djinn-") as folder:
+        draft = Path(folder) / "checkpoint.safetensors"
+        try:
+            save_file(dict(held), draft, metadata)
+            _seal(draft)
+            system, place = _system(address)
+            system.pipe_file(place, draft.read_bytes())
+        except CheckpointError:
+            raise
+        except Exception as error:  # whatever a file system of somebody else's raises
+            raise CheckpointError(
+                f"cannot write the checkpoint {address!r}: {type(error).__name__}: {error}. See that the address is "
+                "right, may be written and has room."
+            ) from error
+
+
+def _fetched(address: str, to: Path) -> Path:
+    """What lies at an address, in a local file."""
+    try:
+        system, place = _system(address)
+        to.write_bytes(system.cat_file(place))
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"cannot read the checkpoint {address!r}: {type(error).__name__}: {error}. Check the address."
+        ) from error
+    return to
+
+
+def _system(address: str) -> tuple[Any, str]:
+    """The file system of an address, and the place in it."""
+    try:
+        from fsspec.core import url_to_fs  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise CheckpointError(f"{address!r} needs fsspec: pip install fsspec.") from error
+    system, place = url_to_fs(address)
+    return system, place
 
 
 def _apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -7,6 +7,7 @@ user run outside it.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -40,12 +41,14 @@ def iterate(engine: Engine, runs: Sequence[Run]) -> list[Stop]:
     """
     grad = torch.is_grad_enabled()  # callbacks shall see it, and leaving inference mode would turn it on
     with _driving(engine, runs), torch.inference_mode(False), torch.set_grad_enabled(grad):
+        engine.tiers.roomy(partial(_come, engine, runs))
+        for run in runs:
+            arriving = engine.arena.on_the_way(run.session.row)
+            if arriving is not None:
+                arriving.synchronize()  # the host waits, without the lock: the device's steps for others shall not
         with engine.lock:
             for run in runs:
-                run.session.require_open()
-                if run.stop is not None:
-                    run.stop.checked_value()
-                engine.bring_back(run.session)
+                engine.arena.arrive(run.session.row)
             for run in runs:
                 if run.flight is not None:
                     _settle(engine, run, run.flight)
@@ -70,6 +73,16 @@ def iterate(engine: Engine, runs: Sequence[Run]) -> list[Stop]:
     return [stop for run in runs if (stop := stops.get(id(run))) is not None]
 
 
+def _come(engine: Engine, runs: Sequence[Run]) -> None:
+    """Begin to bring every session back that is away."""
+    for run in runs:
+        run.session.require_open()
+        if run.stop is not None:
+            run.stop.checked_value()
+    for run in runs:
+        engine.tiers.bring_back(run.session)
+
+
 @contextmanager
 def _driving(engine: Engine, runs: Sequence[Run]) -> Iterator[None]:
     with engine.lock:
@@ -81,7 +94,7 @@ def _driving(engine: Engine, runs: Sequence[Run]) -> Iterator[None]:
         yield
     finally:
         for run in runs:
-            run.driver = None
+            run.driver, run.session.paused_at = None, time.monotonic()
 
 
 @torch.no_grad()

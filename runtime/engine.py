@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from djinn_fx.errors import CapacityError
+from djinn_fx.errors import CapacityError, StaleStop
 from djinn_fx.runtime import driver, moves, planner
 from djinn_fx.runtime.arena import KVArena
 from djinn_fx.runtime.breakpoints import arm_breakpoints
+from djinn_fx.runtime.disk import Disk
 from djinn_fx.runtime.executor import Executor
 from djinn_fx.runtime.fingerprint import Identity, describe_environment, describe_model
 from djinn_fx.runtime.inputs import one_prompt
@@ -29,8 +30,8 @@ from djinn_fx.runtime.session import Session
 from djinn_fx.runtime.stages import Recorder, Stages
 from djinn_fx.runtime.steering import Armed
 from djinn_fx.runtime.stop import Stop
-from djinn_fx.runtime.tables import BatchRow
-from djinn_fx.runtime.transfer import Transfer
+from djinn_fx.runtime.tiers import Tiers, refresh
+from djinn_fx.runtime.transfer import Parked, Transfer
 from djinn_fx.sites import Site, SiteTable
 from djinn_fx.specs import Breakpoint
 
@@ -52,6 +53,7 @@ class Engine:
         tokenizer: for prompts given as text; or None.
         pool: host memory for checkpoints and offloaded sessions.
         transfer: what moves KV there and back.
+        tiers: decides what moves.
     """
 
     programs: ProgramCache
@@ -69,6 +71,7 @@ class Engine:
     closed: bool = False
     pool: HostPool = field(init=False, repr=False)
     transfer: Transfer = field(init=False, repr=False)
+    tiers: Tiers = field(init=False, repr=False)
     _keys: Iterator[int] = field(default_factory=itertools.count, repr=False)
     _loop: DecodeLoop | None = field(init=False, default=None, repr=False)
     _stages: Stages | None = field(init=False, default=None, repr=False)
@@ -80,6 +83,7 @@ class Engine:
         self.lock = EngineLock(self.device)
         self.pool = HostPool(self.options.pinned_bytes, pinned=self.device.type == "cuda")
         self.transfer = Transfer(self.arena, self.pool)
+        self.tiers = Tiers(self, Disk(self.options.disk_bytes, self.options.spill_dir))
         self._stages = Stages(Recorder(self.device), self.arena.env) if self.options.static else None
 
     @property
@@ -142,21 +146,30 @@ class Engine:
 
     # -- sessions ------------------------------------------------------------------------------
 
-    def open_session(self, seed: int) -> Session:
-        """Open a session on a free row.
+    def open_session(self, seed: int, keep: Sequence[Session] = ()) -> Session:
+        """Open a session on a free row, or on that of a paused session, which moves to the host.
+
+        Args:
+            seed: of what it draws.
+            keep: sessions that stay on the device.
 
         Raises:
-            CapacityError: no row is free.
+            CapacityError: no row can be had, or there is no place for what is in it.
             InvalidValue: a seed that is no integer of 64 bits.
         """
         seed = checked_seed(seed)
-        with self.lock:
-            session = Session(self, self.arena.take()[0], seed)
-            self.sessions.append(session)
-            return session
+        return self.tiers.roomy(lambda: self.seated_session(seed, keep))
+
+    def seated_session(self, seed: int, keep: Sequence[Session] = ()) -> Session:
+        """:meth:`open_session` for callers that :meth:`Tiers.roomy` calls."""
+        self.tiers.make_room(1, keep)
+        session = Session(self, self.arena.take()[0], seed)
+        self.sessions.append(session)
+        return session
 
     def forget(self, session: Session) -> None:
         """Drop a closing session: its row is zeroed and free again."""
+        self.tiers.forget(session)
         if session.resident:
             self._vacate(session.row)
         session.host = None
@@ -167,34 +180,49 @@ class Engine:
 
         Raises:
             CapacityError: no host memory is left; the session stays where it is.
+            Waiting: see :class:`Tiers`.
         """
         if session.resident:
-            session.host = self.transfer.send(session.row, session.extent).parked
-            self._vacate(session.row)
+            self.tiers.make_host_room(lambda: self.park(session))
+
+    def park(self, session: Session, *, beyond: bool = False) -> None:
+        """:meth:`offload` into the host memory that is free now; with ``beyond``, into ordinary memory."""
+        sent = self.transfer.send(session.row, session.extent, leaving=True, beyond=beyond)
+        self._drop_ahead(session.row)
+        session.host = sent.parked
+        self.arena.vacated(session.row)
+        self.tiers.expect(session)
+
+    def _drop_ahead(self, row: int) -> None:
+        """What a step launched ahead wrote into a row is gone, so it cannot serve any more."""
+        if self._loop is not None:
+            self._loop.drop(row)
 
     def _vacate(self, row: int) -> None:
-        """Zero a row and give it back. What a step launched ahead wrote there is gone, so it cannot serve any more."""
-        if self._loop is not None:
-            self._loop.drop()
+        """Zero a row and give it back."""
+        self._drop_ahead(row)
         self.arena.release(row)
 
     def bring_back(self, session: Session) -> None:
-        """Give an offloaded session a row again and its KV back; on CUDA that is only begun.
+        """Give a session that was moved off a row and its KV again; the engine's stream waits for it, not the host.
 
         Raises:
-            CapacityError: no row is free, or no device memory; the session stays where it is.
+            CapacityError: no row can be had, or no device memory; the session stays where it is.
+            Waiting: see :class:`Tiers`.
         """
-        if session.host is not None:
-            row = self.arena.take()[0]
-            try:
-                self.transfer.receive(session.host, row)
-            except BaseException:
-                self._vacate(row)
-                raise
-            session.row, session.host = row, None
-            flight = None if session.run is None else session.run.flight
-            if flight is not None and flight.chunk is not None:
-                self.executor.refresh(flight.chunk, BatchRow(session.row, flight.step))
+        self.tiers.bring_back(session)
+        self.arena.arrive(session.row)
+
+    def seat(self, session: Session, host: Parked) -> None:
+        """Begin to copy a session's KV into a free row."""
+        row = self.arena.take()[0]
+        try:
+            self.transfer.receive(host, row)
+        except BaseException:
+            self._vacate(row)
+            raise
+        session.row, session.host = row, None
+        refresh(self, session)
 
     def new_run(
         self,
@@ -221,6 +249,7 @@ class Engine:
             session.sampled += [False] * len(prompt)
             run = Run(session, options, (session.length, known, known + len(prompt)), watch, sites)
             session.adopt(run)
+            self.tiers.foresee(session)
             return run
 
     def watch(self, session: Session, breakpoints: Iterable[str | Breakpoint]) -> None:
@@ -270,12 +299,16 @@ class Engine:
         """Decode tokens to text, None without a tokenizer."""
         return None if self.tokenizer is None else self.tokenizer.decode(tokens)
 
-    def rewind(self, run: Run, index: int, site: Site) -> Stop:
+    def rewind(self, run: Run, position: int, site: Site) -> Stop:
         """See :meth:`Run.rewind`."""
-        return moves.rewind(self, run, index, site)
+        run.require_still()
+        if run.session.run is not run:
+            raise StaleStop("cannot rewind: the session has a newer run; rewind that one.")
+        return moves.rewind(self, run, run.step_index(position), site)
 
     def fork(self, run: Run, n: int, seeds: Sequence[int] | None) -> list[Stop]:
         """See :meth:`Stop.fork`."""
+        run.require_still()
         return moves.fork(self, run, n, seeds)
 
     def recompute(self, session: Session, armed: Armed) -> None:
@@ -294,3 +327,4 @@ class Engine:
             for session in list(self.sessions):
                 session.close()
             self.closed = True
+        self.tiers.disk.close()

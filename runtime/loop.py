@@ -125,9 +125,11 @@ class DecodeLoop:
         self._last = last.following(self._number)
         return self._counted(self._last)
 
-    def drop(self) -> None:
-        """Give up what was launched ahead."""
-        self._ahead = None
+    def drop(self, row: int | None = None) -> None:
+        """Give up what was launched ahead; with ``row`` only if it runs a step in that row of the arena."""
+        ahead = self._ahead
+        if ahead is not None and (row is None or any(mine.arena_row == row for mine in ahead.rows.values())):
+            self._ahead = None
 
     def prepare(self, rows: int, variant: Variant) -> Replayed:
         """The program of a bucket and variant, compiled and captured now if it is the first time."""

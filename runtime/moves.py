@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -12,9 +12,9 @@ from djinn_fx.runtime.flight import Flight
 from djinn_fx.runtime.launch import LaunchValues
 from djinn_fx.runtime.planner import flight_of
 from djinn_fx.runtime.run import Run
-from djinn_fx.runtime.session import Session, recomputed
+from djinn_fx.runtime.session import Session
 from djinn_fx.runtime.steering import Armed
-from djinn_fx.runtime.steps import Step
+from djinn_fx.runtime.steps import Steering, Step
 from djinn_fx.runtime.stop import Stop
 from djinn_fx.runtime.tables import BatchRow
 from djinn_fx.sites import Site
@@ -61,7 +61,10 @@ def fork(engine: Engine, run: Run, n: int, seeds: Sequence[int] | None) -> list[
     assert stop is not None
     value = stop.checked_value()
     engine.bring_back(session)
+    engine.tiers.make_room(n, (session,))
     rows = engine.arena.take(n)
+    for row in rows:
+        engine.arena.arrive(row)
     engine.arena.copy(session.row, rows, session.extent)
     site = engine.table.get(stop.site)
     made = []
@@ -131,3 +134,16 @@ def _record_again(run: Run, index: int, flight: Flight) -> None:
     captured = {site.name: flight.value(site).clone() for site in run.capture if site.name in record.captured}
     logits = record.logits if record.logits is None else flight.logits()[-record.logits.shape[0] :].clone()
     run.records[index] = replace(record, captured=captured, logits=logits)
+
+
+def with_edit(steering: Mapping[str, Armed], armed: Armed) -> Steering:
+    """``steering`` with one more edit in force."""
+    return {**steering, armed.edit.site: armed}
+
+
+def recomputed(steps: Sequence[Step], armed: Armed) -> list[Step]:
+    """The same steps, as if an edit had always acted."""
+    return [
+        replace(step, steering=tuple((after, with_edit(edits, armed)) for after, edits in step.steering))
+        for step in steps
+    ]

@@ -32,6 +32,8 @@ class EngineOptions:
         chunk_step: factor between the sizes that prompt chunks are padded to.
         static: decode through programs over static buffers, on CUDA as CUDA graphs.
         pinned_bytes: most host memory that offloaded sessions and checkpoints in memory may take.
+        disk_bytes: most bytes of files that sessions go to beyond it; 0: none.
+        spill_dir: where those files are; None: the system's folder for temporary files.
     """
 
     max_sessions: int = 8
@@ -43,5 +45,7 @@ class EngineOptions:
     vocab_size: int = 0
     max_bucket: int = 64
     pinned_bytes: int = 4 << 30
+    disk_bytes: int = 0
+    spill_dir: str | None = None
     chunk_step: int = 2
     static: bool = False

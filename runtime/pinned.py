@@ -190,6 +190,11 @@ class HostPool:
                 self._dropped.append(lease)
 
 
+def ordinary(nbytes: int) -> HostPool:
+    """Host memory for one block, not pinned and beyond every budget."""
+    return HostPool(nbytes + (1 << 16), pinned=False, slab=nbytes)
+
+
 def outside_inference() -> AbstractContextManager[object]:
     """Where tensors are made that live longer than a call: those of inference mode could not be written outside it."""
     return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()

@@ -6,11 +6,12 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from djinn_fx.errors import InvalidValue, SessionBusy, SessionClosed, StaleStop
+from djinn_fx.errors import InvalidValue, SessionBusy, SessionClosed
 from djinn_fx.runtime.breakpoints import ArmedBreakpoint
 from djinn_fx.runtime.flight import Flight
 from djinn_fx.runtime.results import Cache, Result, StepRecord
@@ -254,13 +255,9 @@ class Run:
             site = self._stop.site if self._stop is not None else engine.sites[0].name
         chosen = engine.table.get(site)
         require_compiled(chosen, engine.compiled_names)
-        with engine.lock:
-            self.require_still()
-            if self.session.run is not self:
-                raise StaleStop("cannot rewind: the session has a newer run; rewind that one.")
-            return engine.rewind(self, self._step_index(position), chosen)
+        return engine.tiers.roomy(partial(engine.rewind, self, position, chosen))
 
-    def _step_index(self, position: int) -> int:
+    def step_index(self, position: int) -> int:
         """Journal index of the step that covers a position; the journal's length for the one in the air."""
         journal = self.session.journal
         for index in range(self.first_step, len(journal)):
@@ -282,9 +279,8 @@ class Run:
         if n < 1 or (seeds is not None and len(seeds) != n):
             raise InvalidValue(f"fork(n={n}, seeds={seeds!r}): n must be 1 or more, with n seeds.")
         seeds = None if seeds is None else [checked_seed(seed) for seed in seeds]
-        with self.session.engine.lock:
-            self.require_still()
-            return self.session.engine.fork(self, n, seeds)
+        engine = self.session.engine
+        return engine.tiers.roomy(partial(engine.fork, self, n, seeds))
 
     def twin(self, session: Session) -> Run:
         """A copy of this run for a fork of its session: no breakpoints, no callbacks."""

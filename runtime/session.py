@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from djinn_fx.errors import InvalidValue, SessionBusy, SessionClosed
+from djinn_fx.runtime.residence import Residence
 from djinn_fx.runtime.run import Run, RunOptions
 from djinn_fx.runtime.sampling import SamplingSpec
 from djinn_fx.runtime.steering import Armed, SteerHandle, arm
@@ -20,17 +21,18 @@ from djinn_fx.specs import Breakpoint, Edit
 if TYPE_CHECKING:
     from djinn_fx.runtime.checkpoint import Checkpoint
     from djinn_fx.runtime.engine import Engine
-    from djinn_fx.runtime.transfer import Parked
 
 
-class Session:
+class Session(Residence):
     """One sequence: runs append to it, its KV stays on the device between runs.
 
     Make one with ``dj.session()``; use it as a context manager or call :meth:`close`.
     """
 
     def __init__(self, engine: Engine, row: int, seed: int) -> None:
-        self.engine, self.row, self.seed = engine, row, seed
+        super().__init__(engine, row)
+        self.seed = seed
+        self.saved_path: Path | None = None  # the file from which it was recovered
         self.token_list: list[int] = []
         self.sampled: list[bool] = []
         self.length = 0
@@ -38,11 +40,13 @@ class Session:
         self.journal: list[Step] = []
         self.children: list[Session] = []
         self.parent: Session | None = None
-        self.host: Parked | None = None
         self.last_logits: torch.Tensor | None = None
-        self.pinned = False
         self.closed = False
         self._run: Run | None = None
+
+    @property
+    def _itself(self) -> Session:
+        return self
 
     # -- runs ----------------------------------------------------------------------------------
 
@@ -189,7 +193,8 @@ class Session:
             spec = site
         else:
             spec = Edit(site, scale=scale, **edit)
-        with self.engine.lock:
+
+        def act() -> SteerHandle:
             self.require_open()
             if kv == "recompute":
                 # First of all, so that nothing is changed where this fails.
@@ -202,6 +207,8 @@ class Session:
             if kv == "recompute":
                 self.engine.recompute(self, armed)
             return SteerHandle(self, armed.edit.site, key)
+
+        return self.engine.tiers.roomy(act)
 
     def set_steering(self, key: int, edit: Edit) -> Armed:
         """Put an edit in force under a handle's key."""
@@ -223,44 +230,7 @@ class Session:
         """A handle on each edit in force, by canonical site name; after a restore, the way to them."""
         return {site: SteerHandle(self, site, armed.key) for site, armed in self.steering.items()}
 
-    # -- residence -----------------------------------------------------------------------------
-
-    @property
-    def resident(self) -> bool:
-        """Whether the session's KV is on the device."""
-        return not self.closed and self.host is None
-
-    @property
-    def extent(self) -> int:
-        """Number of positions whose KV was written, a step in the air included."""
-        flight = self._run.flight if self._run is not None else None
-        return self.length if flight is None else max(self.length, flight.step.stop)
-
-    def offload(self) -> None:
-        """Move the session's KV to host memory and free its row; it returns by itself when it goes on.
-
-        On CUDA the call returns at once, and nothing waits for the copy but what needs its row.
-
-        Raises:
-            SessionClosed: it was closed.
-            InvalidValue: it is pinned.
-            SessionBusy: a thread is driving its run.
-            CapacityError: no host memory is left (``pinned_bytes``); the session stays where it is.
-        """
-        with self.engine.lock:
-            self.require_open()
-            self.require_still()
-            if self.pinned:
-                raise InvalidValue("this session is pinned to the device; call s.pin(False) first.")
-            self.engine.offload(self)
-
-    def pin(self, pinned: bool = True) -> None:
-        """Keep the session on the device (or, with False, allow it to be moved off)."""
-        with self.engine.lock:
-            self.require_open()
-            if pinned:
-                self.engine.bring_back(self)
-            self.pinned = pinned
+    # -- life ------------------------------------------------------------------------------------
 
     def checkpoint(self) -> Checkpoint:
         """A checkpoint of the session as it stands, also between runs and while stopped.
@@ -274,11 +244,22 @@ class Session:
         """
         from djinn_fx.runtime.checkpoint import take_checkpoint
 
-        with self.engine.lock:
+        def act() -> Checkpoint:
             self.require_open()
-            return take_checkpoint(self)
+            return self.engine.tiers.make_host_room(lambda: take_checkpoint(self))
 
-    # -- life ----------------------------------------------------------------------------------
+        return self.engine.tiers.roomy(act)
+
+    def checkpoint_between(self) -> Checkpoint:
+        """:meth:`checkpoint`, also between two steps of a run that is being driven; the caller holds the lock."""
+        from djinn_fx.runtime.checkpoint import take_checkpoint
+
+        return take_checkpoint(self, between=True)
+
+    def saved_as(self, folder: Path) -> str | None:
+        """The name of the file in ``folder`` from which it was recovered, or None."""
+        path = self.saved_path
+        return path.name if path is not None and path.parent.resolve() == folder.resolve() else None
 
     def require_open(self) -> None:
         """Raise :class:`SessionClosed` if the session was closed."""
@@ -332,18 +313,5 @@ class Session:
         self.last_logits = parent.last_logits
 
     def __repr__(self) -> str:
-        where = "closed" if self.closed else f"row {self.row}" if self.resident else "offloaded"
+        where = "closed" if self.closed else f"row {self.row}" if self.resident else f"offloaded to the {self.tier}"
         return f"Session({len(self.token_list)} tokens, {where}, {len(self.steering)} edits)"
-
-
-def with_edit(steering: Mapping[str, Armed], armed: Armed) -> Steering:
-    """``steering`` with one more edit in force."""
-    return {**steering, armed.edit.site: armed}
-
-
-def recomputed(steps: Sequence[Step], armed: Armed) -> list[Step]:
-    """The same steps, as if an edit had always acted."""
-    return [
-        replace(step, steering=tuple((after, with_edit(edits, armed)) for after, edits in step.steering))
-        for step in steps
-    ]

@@ -134,10 +134,10 @@ class Snapshot:
         return replace(self.state, run=replace(run, flight=replace(run.flight, stop=stop)))
 
 
-def snapshot(session: Session) -> tuple[Snapshot, torch.Tensor | None]:
+def snapshot(session: Session, *, between: bool = False) -> tuple[Snapshot, torch.Tensor | None]:
     """A session as it stands; the caller holds the engine's lock. It enqueues one copy and waits for nothing.
 
-    Tensors that nothing mutates are shared.
+    Tensors that nothing mutates are shared. With ``between`` it may be driven, if no step of it is in the air.
 
     Returns:
         the snapshot, and for a stop its value and what the step had left there, ``[2, tokens, *feature_shape]``: a
@@ -147,7 +147,7 @@ def snapshot(session: Session) -> tuple[Snapshot, torch.Tensor | None]:
         SessionBusy: its run is being driven just now.
     """
     run = session.run
-    if run is not None and run.driving and run.stop is None:
+    if run is not None and run.driving and run.stop is None and not (between and run.flight is None):
         raise SessionBusy(
             "cannot checkpoint: a thread is in the middle of a step of this session's run. Wait until the run stops "
             "or pauses; inside a loop over its stops a checkpoint is always possible, in a callback it is not."

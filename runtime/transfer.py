@@ -2,8 +2,10 @@
 
 On CUDA a row is packed into a staging buffer, one launch a piece, and sent with one asynchronous copy a piece; the way
 back is the mirror. The copy stream begins behind all that the compute stream was given so far. The compute stream
-waits for it only where something would overwrite what is still being read (:meth:`KVArena.settle`), and before it goes
-on with a row that has come back. On the CPU the same calls copy, at once.
+waits for it only where something would overwrite what is still being read (:meth:`KVArena.settle`). A row that its
+session leaves is zeroed on the copy stream, and a row that comes back is ready when an event passes
+(:meth:`KVArena.moving`): the driver waits for that on the host, outside the engine's lock, so that the steps of others
+are never behind a copy. On the CPU the same calls copy, at once.
 """
 
 from __future__ import annotations
@@ -12,13 +14,14 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from djinn_fx.errors import CapacityError
 from djinn_fx.kernels.rows import RowLayout
 from djinn_fx.runtime.arena import KVArena
-from djinn_fx.runtime.pinned import Block, HostPool, outside_inference
+from djinn_fx.runtime.pinned import Block, HostPool, ordinary, outside_inference
 
 #: Bytes of the staging buffer on the device, hence of the longest piece.
 STAGING = 32 << 20
@@ -44,6 +47,8 @@ class Parked:
     length: int
     nbytes: int
     arrived: torch.cuda.Event | None = None
+
+    in_memory: ClassVar[bool] = True
 
     def tensors(self, length: int | None = None) -> list[torch.Tensor]:
         """Keys and values of each layer, ``[heads, length, dim]``, in the order of ``KVArena.env``.
@@ -122,13 +127,23 @@ class Transfer:
         """Bytes of device memory that it takes."""
         return 0 if self._staging is None else self._staging.nbytes
 
-    def send(self, row: int | None, length: int, extra: torch.Tensor | None = None) -> Sent:
+    def send(
+        self,
+        row: int | None,
+        length: int,
+        extra: torch.Tensor | None = None,
+        *,
+        leaving: bool = False,
+        beyond: bool = False,
+    ) -> Sent:
         """Begin to copy positions ``[0, length)`` of a row to the host, and one tensor with it.
 
         Args:
             row: the row; None sends ``extra`` alone.
             length: how many positions.
             extra: contiguous, on the arena's device, not written from now on. On the CPU it is kept as it is.
+            beyond: to ordinary memory that no budget counts; on CUDA the host waits for that.
+            leaving: zero the row once it is packed; the caller gives it back with :meth:`KVArena.vacated`.
 
         Raises:
             CapacityError: no host memory is left, or no device memory to stage in; nothing was begun.
@@ -136,18 +151,24 @@ class Transfer:
         packer, cuda = self._arena.packer, self._arena.device.type == "cuda"
         size = 0 if row is None else length * packer.width
         start = -(-size // _GAP) * _GAP
-        block = self._pool.take(start + extra.nbytes if cuda and extra is not None else size)
+        whole = start + extra.nbytes if cuda and extra is not None else size
+        block = (ordinary(whole) if beyond else self._pool).take(whole)
         parked = None if row is None else Parked(block, packer.layout, length, size)
         if not cuda:
             if row is not None:
                 for piece in packer.pieces(length, size):
                     packer.pack(row, piece, block.tensor)
+                if leaving:
+                    packer.clear(row)
             return Sent(parked, extra, None)
         stream, compute, staging = self._ready()
         place = None
         with _current(stream, compute):
             if row is not None and length:
                 self._pack(row, length, block.tensor, staging, stream)
+            if row is not None and leaving:
+                packer.clear(row)
+                self._arena.moving(row, stream.record_event())
             if extra is not None:
                 place = block.tensor[start:].view(extra.dtype).view(extra.shape)
                 place.copy_(extra, non_blocking=True)
@@ -160,7 +181,7 @@ class Transfer:
         return Sent(parked, place, arrived)
 
     def receive(self, parked: Parked, row: int) -> None:
-        """Begin to copy what was parked into a row; the compute stream goes on when it is there.
+        """Begin to copy what was parked into a row; :meth:`KVArena.arrive` and ``on_the_way`` say when it is there.
 
         Raises:
             CapacityError: no device memory to stage in; nothing was begun.
@@ -181,7 +202,7 @@ class Transfer:
                 packer.unpack(staging, row, piece)
         done = stream.record_event()
         parked.block.busy_until(done)
-        compute.wait_event(done)
+        self._arena.moving(row, done)
 
     def warm(self) -> None:
         """Make what the first transfer would have to make: staging, the first slab, the kernels.
@@ -193,6 +214,7 @@ class Transfer:
         sent = self.send(spare, 1)
         if sent.parked is not None:
             self.receive(sent.parked, spare)
+            self._arena.arrive(spare)
         self._arena.copy(spare, [spare], 1)
 
     def _pack(

@@ -136,8 +136,8 @@ class Stage(RuleBasedStateMachine):
 
     @property
     def free(self) -> int:
-        """Rows that no session holds."""
-        return self.dj.engine.arena.free_rows
+        """Rows that can be had: all but those of pinned sessions, since everybody is paused between two acts."""
+        return ROWS - sum(live.session.pinned for live in self.lives)
 
     def pick(self, number: int, condition: Callable[[Live], bool]) -> Live:
         """One of the sessions like this, mostly the one touched last."""
@@ -168,7 +168,7 @@ class Stage(RuleBasedStateMachine):
             act()
 
     def homeless(self, live: Live) -> bool:
-        """Whether a session is offloaded and no row is free for it."""
+        """Whether a session is away and no row can be had for it."""
         return not live.session.resident and not self.free
 
     def adopt(self, session: Session, shadow: Shadow) -> Live:
@@ -184,9 +184,7 @@ class Stage(RuleBasedStateMachine):
         found = [live for index, live in enumerate(filter(busy, self.lives)) if mask >> index & 1]
         found = found or [self.pick(mask, busy)]
         found = found if self.invariant else found[:1]
-        if sum(not live.session.resident for live in found) > self.free:
-            found = [live for live in found if live.session.resident]
-        return found
+        return [live for live in found if not self.homeless(live)]
 
     # -- acts that rules share -----------------------------------------------------------------
 
@@ -254,7 +252,7 @@ class Stage(RuleBasedStateMachine):
     def at_a_stop(self, who: int) -> Live:
         """A session whose run stands at a stop; one is brought there if there is none."""
         if not any(map(stopped, self.lives)):
-            while not self.free:
+            while not self.free or len(self.lives) >= MOST:
                 self.close(self.lives[who % len(self.lives)])
             live = self.adopt(self.dj.session(who), Shadow(Script(seeds=((0, who),))))
             self.lives.append(live)
@@ -317,7 +315,7 @@ class Stage(RuleBasedStateMachine):
                 for live in list(self.lives):
                     self.end(live)
                 assert not any(bool(t[:-1].any()) for pair in engine.arena.layers for t in pair), "a row is not zero"
-                assert self.free == ROWS and not engine.sessions
+                assert engine.arena.free_rows == ROWS and not engine.sessions
         finally:
             for session in list(engine.sessions):
                 session.close()

@@ -214,6 +214,8 @@ def test_no_free_row(dj: djinn.Dj) -> None:
     checkpoint = stopped(dj).checkpoint()
     while dj.engine.arena.free_rows:
         dj.session()
+    for session in dj.engine.sessions:
+        session.pin()
     sessions = list(dj.engine.sessions)
     with pytest.raises(djinn.CapacityError, match="0 of 4 free"):
         dj.restore(checkpoint)

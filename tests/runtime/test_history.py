@@ -242,6 +242,8 @@ def test_what_needs_a_row_and_gets_none_changes_nothing(one: djinn.Dj) -> None:
         stop = next(run)
         s.offload()
         others = [one.session() for _ in range(ROWS)]
+        for other in others:
+            other.pin()
         acts: list[Callable[[], object]] = [
             lambda: next(run),
             lambda: run.rewind(3, "resid_post.0"),

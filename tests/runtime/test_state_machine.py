@@ -112,7 +112,7 @@ class Sessions(Stage):
         live = self.at_a_stop(who)
         self.touch(live, touch)
         given = seeds if own else None
-        if self.free < len(seeds) + (not live.session.resident):
+        if self.free < len(seeds) + (not live.session.pinned):
             self.refused(lambda: live.stop.fork(len(seeds), given), live)
         elif len(self.lives) + len(seeds) <= MOST:
             with self.acting(live) as touched:
@@ -208,7 +208,7 @@ class Sessions(Stage):
 
     @rule(
         who=acts.PICK,
-        act=st.sampled_from(("open", "close", "offload", "offload", "add sites", "add sites")),
+        act=st.sampled_from(("open", "open", "close", "offload", "offload", "pin", "hint", "add sites", "add sites")),
         seed=acts.SEEDS,
     )
     def house(self, who: int, act: str, seed: int) -> None:
@@ -220,6 +220,17 @@ class Sessions(Stage):
             with self.acting():
                 self.dj.add_sites(acts.MORE)
             self.step(5 * (who // 5), 0)
+        elif act == "pin":
+            if self.homeless(live):
+                self.refused(live.session.pin, live)
+            else:
+                with self.acting(live):
+                    live.session.pin(not live.session.pinned)
+        elif act == "hint":
+            with self.acting(live):
+                live.session.idle_hint = (None, 0.0, 60.0, 3600.0)[seed]
+        elif act == "offload" and live.session.pinned:
+            self.refused(live.session.offload, live, error=djinn.InvalidValue)
         elif act == "offload":
             with self.acting(live):
                 live.session.offload()

@@ -1,0 +1,179 @@
+"""Autosave: every session on disk, kept up in the background; a process that dies loses at most the last interval.
+
+A session is saved at a moment at which it is whole: between two steps if a thread drives it, at once if none does. A
+session that has not changed since it was last written is not written again. Files of sessions that were closed go.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+import warnings
+import weakref
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import torch
+
+from djinn_fx.errors import DjinnError, InvalidValue, SessionBusy
+from djinn_fx.runtime.bits import same_bits
+from djinn_fx.runtime.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from djinn_fx.runtime.engine import Engine
+    from djinn_fx.runtime.session import Session
+
+#: Names of the files: of a session, whole.
+PREFIX, SUFFIX = "session-", ".safetensors"
+
+#: Seconds between two looks at a session that a thread is driving.
+PATIENCE = 0.002
+
+
+class Mark:
+    """What a session looked like when it was saved; equal marks mean the same file."""
+
+    def __init__(self, session: Session) -> None:
+        run = session.run
+        flight = None if run is None else run.flight
+        stop = None if run is None else run.stop
+        journal = session.journal
+        # The objects themselves are kept, so that no other can come in their place.
+        self.parts: tuple[object, ...] = (
+            run, flight and flight.step, stop, session.steering, journal[-1] if journal else None
+        )  # fmt: skip
+        self.plain: tuple[object, ...] = (
+            len(session.token_list), session.length, len(journal),
+            run and (run.finished, len(run.records), tuple(point.left for point in run.breakpoints)),
+            stop and (stop.held, stop.waiting), flight and flight.passed,
+        )  # fmt: skip
+        self.value: torch.Tensor | None = None if stop is None else stop.value.detach().clone()
+
+    def same(self, other: Mark | None) -> bool:
+        """Whether nothing has changed."""
+        if other is None or self.plain != other.plain:
+            return False
+        if any(a is not b for a, b in zip(self.parts, other.parts, strict=True)):
+            return False
+        if self.value is None or other.value is None:
+            return self.value is other.value
+        return self.value.shape == other.value.shape and same_bits(self.value, other.value)
+
+
+class Autosave:
+    """Keeps the sessions of one model in a folder; ``dj.autosave`` makes it. Stop it, or use it in ``with``.
+
+    Attributes:
+        folder: where the files are.
+        every: seconds between two rounds.
+        errors: what went wrong in the last round; its sessions are tried again in the next.
+        written: how many files were written so far.
+    """
+
+    def __init__(self, engine: Engine, folder: Path, every: float) -> None:
+        if not 0 < every < threading.TIMEOUT_MAX:
+            raise InvalidValue(f"autosave(every={every!r}): give seconds, more than 0.")
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.every, self.written = folder, every, 0
+        self.errors: list[DjinnError] = []
+        self._engine = engine
+        self._names: weakref.WeakKeyDictionary[Session, str] = weakref.WeakKeyDictionary()
+        self._files: set[str] = set()
+        self._marks: weakref.WeakKeyDictionary[Session, Mark] = weakref.WeakKeyDictionary()
+        self._end, self._round = threading.Event(), threading.Lock()
+        self._thread = threading.Thread(target=self._work, name="djinn-autosave", daemon=True)
+        self._thread.start()
+
+    def save_now(self) -> None:
+        """One round now: every session that has changed is written, files of closed ones go."""
+        with self._round:
+            self.errors = []
+            with self._engine.lock:
+                sessions = list(self._engine.sessions)
+            for session in sessions:
+                try:
+                    self._save(session)
+                except DjinnError as error:
+                    if not session.closed:
+                        self.errors.append(error)
+            kept = {self._names[session] for session in sessions if session in self._names and not session.closed}
+            for name in self._files - kept:
+                (self.folder / name).unlink(missing_ok=True)
+                self._files.discard(name)
+
+    def stop(self) -> None:
+        """One last round, then no more. The files stay."""
+        if not self._end.is_set():
+            self._end.set()
+            self._thread.join()
+            if not self._engine.closed:
+                self.save_now()
+
+    def _work(self) -> None:
+        while True:
+            begun = time.monotonic()
+            if self._engine.closed:
+                return
+            self.save_now()
+            if self._end.wait(max(0.0, self.every - (time.monotonic() - begun))):
+                return
+
+    def _save(self, session: Session) -> None:
+        taken = self._taken(session)
+        if taken is None:
+            return
+        mark, checkpoint = taken
+        name = self._names.get(session) or session.saved_as(self.folder) or f"{PREFIX}{uuid.uuid4().hex}{SUFFIX}"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of predicates that no file can hold: said in the docs
+            checkpoint.save(self.folder / name)
+        self._names[session] = name
+        self._files.add(name)
+        self._marks[session] = mark
+        self.written += 1
+
+    def _taken(self, session: Session) -> tuple[Mark, Checkpoint] | None:
+        """A checkpoint at a moment between two steps; None if it is closed or has not changed."""
+        deadline = time.monotonic() + self.every
+        while True:
+            try:
+                with self._engine.lock:
+                    if session.closed:
+                        return None
+                    mark = Mark(session)
+                    if mark.same(self._marks.get(session)):
+                        return None
+                    return mark, session.checkpoint_between()
+            except SessionBusy:
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(PATIENCE)
+
+    def __enter__(self) -> Autosave:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+def recover(engine: Engine, folder: Path, exact: bool) -> list[Session]:
+    """Every session that :class:`Autosave` left in a folder, oldest file first.
+
+    A session that is saved there again goes on in its file.
+    """
+    paths = sorted(folder.glob(f"{PREFIX}*{SUFFIX}"), key=lambda path: (path.stat().st_mtime_ns, path.name))
+    found: list[Session] = []
+    try:
+        for path in paths:
+            session = Checkpoint.load(path).restore_into(engine, exact=exact)
+            session.saved_path = path
+            found.append(session)
+    except BaseException:
+        for session in found:
+            session.close()
+        raise
+    return found

@@ -1,0 +1,278 @@
+"""Tiers: where the KV of paused sessions lies when there are more of them than rows.
+
+Device rows, then pinned host memory (``pinned_bytes``), then files (``disk_bytes``). A session that needs a row takes
+it from one that is paused: first from those whose user is away longest (:attr:`Session.idle_hint`), then from the
+one that paused first. Nothing is lost on the way: a move that fails leaves its session where it was, and
+whoever asked for the room gets a :class:`CapacityError`.
+
+Everything here runs under the engine's lock and only begins what takes long. Where the disk has to be waited for,
+:class:`Waiting` is raised before anything changed; :meth:`Tiers.roomy` waits without the lock and tries again.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections.abc import Callable, Collection
+from concurrent.futures import Future, wait
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from djinn_fx.errors import CapacityError, CheckpointError
+from djinn_fx.runtime.disk import Disk, Filed
+from djinn_fx.runtime.tables import BatchRow
+from djinn_fx.runtime.transfer import Parked
+
+if TYPE_CHECKING:
+    from djinn_fx.runtime.engine import Engine
+    from djinn_fx.runtime.session import Session
+
+#: Seconds before its user is expected that a session begins to come back.
+LEAD = 0.1
+
+Found = TypeVar("Found")
+
+
+class Waiting(Exception):
+    """Something on the disk has to be waited for, without the lock; never seen by users."""
+
+    def __init__(self, job: Future[Any]) -> None:
+        super().__init__("the disk has to be waited for")
+        self.job = job
+
+
+class Tiers:
+    """Moves sessions between the tiers of one engine; the caller holds the engine's lock but for :meth:`roomy`.
+
+    Attributes:
+        disk: the lowest tier.
+    """
+
+    def __init__(self, engine: Engine, disk: Disk) -> None:
+        self._engine, self.disk = engine, disk
+        self._writing: dict[Session, tuple[Parked, Future[Filed]]] = {}
+        self._reading: dict[Session, tuple[Filed, Future[Parked]]] = {}
+
+    def roomy(self, act: Callable[[], Found]) -> Found:
+        """Do something that needs rows or host memory, under the lock; the disk is waited for without it.
+
+        Args:
+            act: raises :class:`Waiting` before it has changed anything that matters.
+
+        Raises:
+            CapacityError: there is no room in any tier.
+        """
+        while True:
+            try:
+                with self._engine.lock:
+                    return act()
+            except Waiting as waiting:
+                job = waiting.job
+            wait([job])  # what went wrong there is said by the next try
+
+    # -- down ----------------------------------------------------------------------------------
+
+    def make_room(self, count: int = 1, keep: Collection[Session] = (), *, ahead: bool = False) -> None:
+        """See that ``count`` rows are free, all or none.
+
+        Args:
+            count: how many.
+            keep: sessions that stay.
+            ahead: nobody waits for it yet: take rows only from those that will be away longer.
+
+        Raises:
+            CapacityError: too few rows can be had, or what is in them finds no place.
+            Waiting: the disk.
+        """
+        arena = self._engine.arena
+        self._settle()
+        if arena.free_rows >= count:
+            return
+        found = self._movable(keep, ahead)
+        if arena.free_rows + len(found) < count:
+            arena.require(count)
+        full: str | None = None  # not the error itself: its traceback would keep what lies in these frames
+        for session in found:
+            try:
+                self._engine.park(session)
+            except CapacityError as error:
+                full = str(error)  # a shorter one may still fit
+            if arena.free_rows >= count:
+                return
+        self._spill_one(full)
+
+    def make_host_room(self, act: Callable[[], Found]) -> Found:
+        """Do something that takes host memory; where there is none left, a parked session is sent to the disk.
+
+        Raises:
+            CapacityError: nothing can be sent there.
+            Waiting: the disk.
+        """
+        self._settle()
+        try:
+            return act()
+        except CapacityError:
+            self._spill_one(None)
+            raise
+
+    def seats(self, mine: Collection[Session]) -> int:
+        """How many rows these sessions could have at a time: all but those that others cannot leave now."""
+        engine = self._engine
+        fixed = [s for s in engine.sessions if s.resident and s not in mine and (s.pinned or not _still(s))]
+        return engine.arena.rows - len(fixed)
+
+    def _movable(self, keep: Collection[Session], ahead: bool) -> list[Session]:
+        """Paused sessions on the device that may move, the first to move first."""
+        now = time.monotonic()
+        found = [s for s in self._engine.sessions if s.resident and not s.pinned and s not in keep and _still(s)]
+        if ahead:
+            found = [s for s in found if _left(s, now) > LEAD or (s.idle_hint is None and now - s.paused_at > LEAD)]
+        return sorted(found, key=lambda s: _order(s, now))
+
+    def _spill_one(self, full: str | None) -> None:
+        """Begin to write a parked session to the disk and wait for it; the caller has no room else.
+
+        Raises:
+            Waiting: for the write.
+            CapacityError: none can be written; ``full`` if that is why.
+        """
+        if self._writing:
+            raise Waiting(next(iter(self._writing.values()))[1])
+        now = time.monotonic()
+        parked = [s for s in self._engine.sessions if isinstance(s.host, Parked) and s.host.nbytes]
+        for session in sorted(parked, key=lambda s: _order(s, now)):
+            host = session.host
+            if isinstance(host, Parked) and self.disk.has_room(host.nbytes):
+                job = self.disk.write(host)
+                self._writing[session] = host, job
+                raise Waiting(job)
+        if full is not None:
+            raise CapacityError(full)
+
+    def _settle(self) -> None:
+        """Take over what the disk is through with.
+
+        Raises:
+            CapacityError: it refused to write.
+        """
+        failed: str | None = None
+        for session, (parked, written) in list(self._writing.items()):
+            if written.done():
+                del self._writing[session]
+                if written.exception() is not None:
+                    failed = str(written.exception())
+                elif session.host is parked and not session.closed:
+                    session.host = written.result()
+        if failed is not None:
+            raise CapacityError(failed)
+
+    # -- up ------------------------------------------------------------------------------------
+
+    def bring_back(self, session: Session, *, ahead: bool = False) -> None:
+        """Give a session a row and its KV back; on CUDA that is only begun, see :meth:`KVArena.arrive`.
+
+        Args:
+            session: wherever it is.
+            ahead: as in :meth:`make_room`.
+
+        Raises:
+            CapacityError: no row can be had, or no device memory; the session stays where it is.
+            CheckpointError: its file was damaged.
+            Waiting: the disk.
+        """
+        _hush(session)
+        if session.host is None:
+            return
+        host = self._from_disk(session, session.host) if isinstance(session.host, Filed) else session.host
+        try:
+            self.make_room(1, (session,), ahead=ahead)
+        except CapacityError:
+            # Every tier is full, or in pieces too small. Whoever is here already goes on all the same: the other one
+            # waits in ordinary memory, beyond the budget by what this one leaves free there.
+            found = [] if ahead else self._movable((session,), ahead)
+            if not found:
+                raise
+            self._engine.park(found[0], beyond=True)
+        self._engine.seat(session, host)
+
+    def _from_disk(self, session: Session, filed: Filed) -> Parked:
+        known = self._reading.get(session)
+        if known is None or known[0] is not filed:
+            self._reading[session] = known = filed, self.disk.read(filed, self._engine.pool)
+        if not known[1].done():
+            raise Waiting(known[1])
+        del self._reading[session]
+        session.host = found = known[1].result()
+        return found
+
+    def foresee(self, session: Session) -> None:
+        """A session will soon go on: begin to bring it back, if that costs nobody anything. Waits for nothing."""
+        with suppress(CapacityError, CheckpointError, Waiting):
+            self.bring_back(session, ahead=True)
+
+    def expect(self, session: Session) -> None:
+        """See that a session comes back by itself shortly before its user does; called when it left or got a hint."""
+        _hush(session)
+        if session.idle_hint is None or session.resident:
+            return
+        wait = max(0.0, _left(session, time.monotonic()) - LEAD)
+        timer = threading.Timer(wait, _due, (weakref.ref(self), weakref.ref(session)))
+        timer.daemon = True
+        session.away = timer
+        timer.start()
+
+    def forget(self, session: Session) -> None:
+        """Drop what is under way for a closing session."""
+        _hush(session)
+        self._writing.pop(session, None)
+        self._reading.pop(session, None)
+
+    def due(self, session: Session) -> None:
+        """Bring a session back whose user is expected; on a thread of its own, without the lock."""
+
+        def back() -> None:
+            if not session.closed and not self._engine.closed:
+                self.bring_back(session, ahead=True)
+
+        with suppress(CapacityError, CheckpointError):
+            self.roomy(back)
+
+
+def refresh(engine: Engine, session: Session) -> None:
+    """Tell a prompt chunk in the air that its session has another row now."""
+    flight = None if session.run is None else session.run.flight
+    if flight is not None and flight.chunk is not None:
+        engine.executor.refresh(flight.chunk, BatchRow(session.row, flight.step))
+
+
+def _due(tiers: weakref.ref[Tiers], session: weakref.ref[Session]) -> None:
+    mover, gone = tiers(), session()
+    if mover is not None and gone is not None:
+        mover.due(gone)
+
+
+def _hush(session: Session) -> None:
+    """Nobody has to bring the session back any more."""
+    if session.away is not None:
+        session.away.cancel()
+        session.away = None
+
+
+def _still(session: Session) -> bool:
+    """Whether no thread is in the middle of something with a session."""
+    run = session.run
+    return run is None or (run.driver is None and run.owner in (None, threading.get_ident()))
+
+
+def _left(session: Session, now: float) -> float:
+    """Seconds until the user of a session is expected; negative where that is past or nobody said."""
+    return -1.0 if session.idle_hint is None else session.paused_at + session.idle_hint - now
+
+
+def _order(session: Session, now: float) -> tuple[int, float]:
+    """Who moves first: the longest absence ahead; then without a hint, oldest first; last those who are due."""
+    if session.idle_hint is None:
+        return 1, session.paused_at
+    left = _left(session, now)
+    return (0, -left) if left > LEAD else (2, -left)
