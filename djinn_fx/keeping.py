@@ -72,7 +72,8 @@ class Keeping:
         Returns:
             on the device ``weights`` (with the room for those that stream), ``kv`` (the arena), ``kv_used`` (of it,
             positions that hold something), ``buffers`` (what compiled steps read and leave behind) and ``staging`` (for
-            copies to the host); on the host ``weights_streamed``, ``host`` (KV of sessions there), ``pinned_used`` (that, and checkpoints in memory),
+            copies to the host); on the host ``weights_streamed``, ``host`` (KV of sessions there), ``pinned_used``
+            (that, and checkpoints in memory),
             ``pinned_capacity`` (all slabs) and its bound ``pinned_budget``; ``disk`` and its bound ``disk_budget``.
             The attribute ``sessions`` of what is returned tells the same by session.
         """
