@@ -32,13 +32,10 @@ bench() {
     bench interactivity gpt2 240
     bench checkpoint gpt2 100
     bench compile llama-8b-shape 120 --depths 32 --no-peers
-<<<<<<< HEAD
     bench virtual gpt2 120
     bench virtual llama-8b-shape 240
-=======
     bench harvest gpt2 60
     bench harvest llama-8b-shape 90
->>>>>>> harvest
     bench endurance gpt2 150
     bench endurance llama-8b-shape 120 --quick
     ls -l "$OUT"
