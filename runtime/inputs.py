@@ -88,7 +88,7 @@ def prompt_batch(inputs: object, tokenizer: Tokenizer | None, vocab_size: int) -
                 "attention_mask hides a token between two visible ones; pads may stand left or right only."
             )
         kept.append(row[where[0] : where[-1] + 1] if where else [])
-        if kept[-1] and not (0 <= min(kept[-1]) and max(kept[-1]) < vocab_size):
+        if kept[-1] and not (min(kept[-1]) >= 0 and max(kept[-1]) < vocab_size):
             wrong = next(token for token in kept[-1] if not 0 <= token < vocab_size)
             raise InvalidValue(f"token id {wrong} is outside the vocabulary of {vocab_size}.")
     return PromptBatch(kept, places, max((len(row) for row in rows), default=0))
