@@ -9,7 +9,6 @@ writes lies behind their lengths.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,10 +17,8 @@ import djinn_fx as djinn
 from djinn_fx.benchmarks import clock
 from djinn_fx.benchmarks.answers import Answer
 from djinn_fx.errors import InternalError
-from djinn_fx.passes.inductor import InductorLowering
-from djinn_fx.passes.lower import lower_eager
-from djinn_fx.passes.pipeline import CaptureStore, build
-from djinn_fx.passes.source import Source
+from djinn_fx.making import Making
+from djinn_fx.passes.pipeline import build
 from djinn_fx.program import Program
 from djinn_fx.runtime.graphs import Replayed, capture
 from djinn_fx.runtime.lanes import Lanes
@@ -53,20 +50,19 @@ def whole_program(dj: djinn.Dj, like: Program) -> Program:
     """
     engine = dj.engine
     builder: Any = engine.programs.build
-    if not isinstance(builder, partial):
-        raise InternalError("programs are not built by a partial application any more")
-    source = next(part for part in builder.args if isinstance(part, Source))
-    store = next(part for part in builder.args if isinstance(part, CaptureStore))
-    lowering = next((part for part in builder.args if isinstance(part, InductorLowering)), lower_eager)
+    making = getattr(getattr(builder, "func", None), "__self__", None)
+    if not isinstance(making, Making):
+        raise InternalError("programs are not built by a Making any more")
+    (lowering,) = builder.args
     return build(
-        source,
+        making.source,
         like.shape,
         sites=(),
         variant="plain",
         rank=engine.options.edit_rank,
         arenas=engine.arena.layers,
         lower=lowering,
-        store=store,
+        store=making.store,
         cuts="none",
         grouped=any(record.name == "projections" for record in like.records),
     )
