@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import torch
+
 from tests.runtime.tiny import another_dj, prompt
 
 
@@ -31,4 +33,5 @@ def main(what: str, path: str) -> None:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # as tests/conftest.py
     main(*sys.argv[1:])
