@@ -151,11 +151,9 @@ class Executor:
         program = self._program([row])
         kept = None if wanted is None else frozenset(wanted)
         if self.stages is None:
-            return Chunk(program, self._inputs([row], program) | self.arena.env, wanted=kept)
-        stage = self._stage(program)
-        chunk = Chunk(program, {}, wanted=kept)
-        stage.seat(chunk)
-        self._refill(chunk, row)
+            return Chunk(program, self._inputs([row], program) | self.arena.env, row, wanted=kept)
+        chunk = Chunk(program, {}, row, wanted=kept)
+        self._seat(chunk)
         return chunk
 
     @torch.no_grad()
@@ -165,12 +163,15 @@ class Executor:
         A step that needs more than the chunk's variant has goes on in a richer program of the same
         shape, whose values carry the same names and the same bits.
         """
-        program = self._program([row], chunk.program)
+        program, chunk.row = self._program([row], chunk.program), row
         if program is not chunk.program:
             chunk.leave()
             chunk.next_segment = min(chunk.next_segment, len(program.segments))
             chunk.program = program
-        self._refill(chunk, row)
+        if chunk.stage is not None:
+            self._refill(chunk)
+        elif self.stages is None:
+            chunk.put(self._inputs([row], program))
 
     @torch.no_grad()
     def advance(self, chunk: Chunk, until: str | None) -> None:
@@ -181,9 +182,7 @@ class Executor:
         if self.stages is None or chunk.next_segment > last:
             run_segments(chunk.program, chunk.env, chunk.next_segment, last)
         else:
-            stage = chunk.stage or self._stage(chunk.program)
-            stage.seat(chunk)
-            stage.run(chunk.next_segment, last)
+            self._seat(chunk).run(chunk.next_segment, last)
         chunk.next_segment = max(chunk.next_segment, last + 1)
 
     def _program(self, batch: Sequence[BatchRow], current: Program | None = None) -> Program:
@@ -200,12 +199,18 @@ class Executor:
         tables = steering_inputs(batch, shape, program.variant, program.sites, self.dtype, self.device, self.rank)
         return step_inputs(batch, shape, self.arena.spare_row, self.device) | tables
 
-    def _refill(self, chunk: Chunk, row: BatchRow) -> None:
-        """Give a chunk all its inputs anew."""
+    def _seat(self, chunk: Chunk) -> Stage:
+        """Bring a chunk onto its stage, unless it is there."""
         if chunk.stage is None:
-            chunk.put(self._inputs([row], chunk.program))
-        else:
-            chunk.stage.refill(step_ints([row], chunk.program.shape, self.arena.spare_row), row)
+            self._stage(chunk.program).seat(chunk)
+            self._refill(chunk)
+        assert chunk.stage is not None
+        return chunk.stage
+
+    def _refill(self, chunk: Chunk) -> None:
+        """Give a chunk on a stage all its inputs anew."""
+        assert chunk.stage is not None
+        chunk.stage.refill(step_ints([chunk.row], chunk.program.shape, self.arena.spare_row), chunk.row)
 
     def _stage(self, program: Program) -> Stage:
         assert self.stages is not None

@@ -149,9 +149,12 @@ class DecodeLoop:
         return self._ready[key]
 
     def retire(self) -> None:
-        """Move what the last launch left out of the static buffers, where somebody still wants it."""
+        """Move what the last launches left out of the static buffers, where somebody still wants it."""
         if self._last is not None:
             self._last.end()
+        for launch in [known() for known in self._recent]:
+            if launch is not None:
+                launch.tokens()  # a program that warms up writes where tokens go
         self._last = self._ahead = None
 
     # -- launching -----------------------------------------------------------------------------

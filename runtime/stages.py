@@ -33,6 +33,7 @@ class Chunk:
     Attributes:
         program: the program.
         env: values by environment name: its own tensors, or those of the stage it is on.
+        row: what it computes, and in which row of the arena.
         next_segment: index of the segment that runs next.
         stage: the stage it is on, or None.
         wanted: sites whose values will be asked for after later ones were reached; None: any.
@@ -40,6 +41,7 @@ class Chunk:
 
     program: Program
     env: Env
+    row: BatchRow
     next_segment: int = 0
     stage: Stage | None = None
     wanted: frozenset[str] | None = None
@@ -57,10 +59,13 @@ class Chunk:
             copy_all([self.env[name] for name in values], list(values.values()))
 
     def leave(self) -> None:
-        """Take its values off the stage it is on, as copies of its own that nobody overwrites."""
+        """Take its values off the stage it is on, as copies of its own that nobody overwrites.
+
+        What its row says need not be copied: it gets that anew when it comes back.
+        """
         if self.stage is None:
             return
-        known = [*self.stage.inputs, *self._needed()]
+        known = self._needed()
         with torch.inference_mode(False), torch.no_grad():
             copies = {name: torch.empty_like(self.env[name]) for name in known}
             copy_all(list(copies.values()), [self.env[name] for name in known])
@@ -79,7 +84,7 @@ class Chunk:
     def twin(self) -> Chunk:
         """The same chunk once more; both keep the values, which nobody overwrites."""
         self.leave()
-        return Chunk(self.program, dict(self.env), self.next_segment, wanted=self.wanted)
+        return Chunk(self.program, dict(self.env), self.row, self.next_segment, wanted=self.wanted)
 
 
 class Stage:
@@ -87,7 +92,6 @@ class Stage:
 
     Attributes:
         program: the program.
-        inputs: names of the inputs that differ from chunk to chunk.
         shared: names of the inputs that are the same for all: the arenas.
         env: the buffers.
 
@@ -105,9 +109,10 @@ class Stage:
         self._ints = ints.to(recorder.device)
         self._neutral, self._written = {spec.name: spec.neutral for spec in specs}, set[str]()
         inputs = int_views(self._ints, program.shape) | neutral_tables(specs, recorder.device)
-        self.program, self.inputs, self.shared = program, tuple(inputs), frozenset(shared)
+        self.program, self.shared = program, frozenset(shared)
         self.env: Env = {**inputs, **shared}
         self._steps = recorder.record(replace(program, feed=None), self.env)  # what is computed now nobody reads
+        self._made = frozenset(name for segment in program.segments for name in segment.outputs)
         self._on: weakref.ref[Chunk] | None = None
 
     @property
@@ -117,16 +122,15 @@ class Stage:
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     def seat(self, chunk: Chunk) -> None:
-        """Bring a chunk onto the stage; whoever is on it leaves."""
+        """Bring a chunk onto the stage; whoever is on it leaves. Its inputs are to be given by :meth:`refill`."""
         if chunk.stage is self:
             return
         there = None if self._on is None else self._on()
         if there is not None:
             there.leave()
         chunk.leave()
-        names = [name for name in chunk.env if name in self.env and name not in self.shared]
+        names = [name for name in chunk.env if name in self._made]
         copy_all([self.env[name] for name in names], [chunk.env[name] for name in names])
-        self._written.update(name for name in names if name in self._neutral)
         chunk.env, chunk.stage, self._on = self.env, self, weakref.ref(chunk)
 
     def refill(self, ints: torch.Tensor, row: BatchRow) -> None:

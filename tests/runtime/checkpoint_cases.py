@@ -39,7 +39,14 @@ def close_all(dj: djinn.Dj) -> None:
     for session in list(dj.engine.sessions):
         session.close()
     assert dj.engine.arena.free_rows == dj.engine.options.max_sessions
+    arrived(dj)
     assert not any(bool(tensor[:-1].any()) for pair in dj.engine.arena.layers for tensor in pair)
+
+
+def arrived(dj: djinn.Dj) -> None:
+    """Wait for the copy stream too, which zeroes the rows that sessions leave."""
+    if dj.engine.device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def through_file(checkpoint: Checkpoint, folder: Path) -> Checkpoint:

@@ -314,6 +314,8 @@ class Stage(RuleBasedStateMachine):
             if self.sound:
                 for live in list(self.lives):
                     self.end(live)
+                if engine.device.type == "cuda":
+                    torch.cuda.synchronize()
                 assert not any(bool(t[:-1].any()) for pair in engine.arena.layers for t in pair), "a row is not zero"
                 assert engine.arena.free_rows == ROWS and not engine.sessions
         finally:
