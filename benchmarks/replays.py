@@ -125,7 +125,11 @@ class Replays:
     def begin(self) -> None:
         """Put every lane back to where its session stands."""
         self._loop.retire()
-        self._loop.lanes.upload_ints(self._batch, self.rows, 0)
+        numbers = {
+            lane: (row.step.tokens[0], row.step.start, row.arena_row, row.step.stop)
+            for lane, row in self._batch.items()
+        }
+        self._loop.lanes.upload_ints(numbers, self.rows, 0)
 
     def answer(self, replayed: Replayed, count: int) -> Answer:
         """Tokens and logits of so many replays from where the sessions stand."""

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from djinn_fx.runtime import asking, cruise, planner
+from djinn_fx.runtime import asking, cruise, planner, riders
 from djinn_fx.runtime.bits import same_bits
 from djinn_fx.runtime.flight import Flight
 from djinn_fx.runtime.results import StepRecord
+from djinn_fx.runtime.riders import Riders
 from djinn_fx.runtime.run import Run
 from djinn_fx.runtime.sampling import sample
 from djinn_fx.runtime.steps import Step
@@ -63,12 +64,15 @@ def iterate(engine: Engine, runs: Sequence[Run]) -> list[Stop]:
             cruise.cruise(engine, moving)
             return []
         with engine.lock:
-            groups = _launch(engine, moving)
+            groups, riding = _launch(engine, moving)
         asking.ask(engine, groups)
+        quiet = set(map(id, riding.runs))
+        others = [run for run in moving if id(run) not in quiet]
         with engine.lock:
             asking.draw_together(engine, groups)
-            _look_ahead(engine, moving, groups)
-        for run in moving:
+            _look_ahead(engine, others, groups, riding)
+        riders.arrive(engine, riding)
+        for run in others:
             stops[id(run)] = _seek(engine, run)
     return [stop for run in runs if (stop := stops.get(id(run))) is not None]
 
@@ -131,40 +135,56 @@ def take_over(engine: Engine, run: Run) -> None:
 
 
 @torch.no_grad()
-def _launch(engine: Engine, runs: Sequence[Run]) -> list[list[Run]]:
-    """Begin the next step of each run and execute what is to be decoded, batched; returns the decode groups."""
-    waiting = []
-    for run in runs:
-        if run.flight is None and planner.next_is_decode(run):
-            waiting.append(run)
-        elif run.flight is None:
-            run.flight = Flight(planner.next_chunk(run, engine.options))
-        elif run.flight.step.decodes and run.flight.values is None:
-            waiting.append(run)
+def _launch(engine: Engine, runs: Sequence[Run]) -> tuple[list[list[Run]], Riders]:
+    """Begin the next step of each run and execute what is to be decoded, batched.
+
+    Returns:
+        the decode groups, and those that ride along in the step in the air.
+    """
+    waiting = [run for run in runs if _decodes(run)]
+    riding = riders.board(engine, waiting)
+    quiet = set(map(id, riding.runs))
     executor = engine.executor
-    groups = list(planner.decode_groups(waiting, engine.options))
+    groups = list(planner.decode_groups([run for run in waiting if id(run) not in quiet], len(quiet), engine.options))
     for group in groups:
         batch = [planner.batch_row(run) for run in group]
-        for run, values in zip(group, executor.decode(batch), strict=True):
+        for run, values in zip(group, executor.decode(batch, riding.launch), strict=True):
             launched = planner.flight_of(run)
             launched.values, launched.answers, launched.drawn = values, None, None
     for run in runs:
+        if run.flight is None and id(run) not in quiet:
+            run.flight = Flight(planner.next_chunk(run, engine.options))
         flight = run.flight
         if flight is not None and not flight.step.decodes and flight.chunk is None:
             wanted = [site.name for site in run.capture]
             flight.chunk = executor.begin(BatchRow(run.session.row, flight.step), wanted)
-            if groups and executor.loop is not None:
+            if waiting and executor.loop is not None:
                 break  # one chunk between two decode steps: nobody who decodes shall wait for all prompts
-    return groups
+    return groups, riding
 
 
-def _look_ahead(engine: Engine, moving: Sequence[Run], groups: Sequence[Sequence[Run]]) -> None:
+def _decodes(run: Run) -> bool:
+    """Whether a run's next step is a decode step, or one in the air that has to be executed."""
+    if run.flight is None:
+        return planner.next_is_decode(run)
+    return run.flight.step.decodes and run.flight.values is None
+
+
+def _look_ahead(engine: Engine, others: Sequence[Run], groups: Sequence[Sequence[Run]], riding: Riders) -> None:
     """Launch the next decode step before this one's tokens are known, where it is known what it will be."""
-    executor = engine.executor
-    if executor.loop is None or len(groups) != 1:
+    loop = engine.executor.loop
+    if loop is None or len(groups) > 1 or not (groups or riding.runs):
         return
-    joining = sum(1 for run in moving if run not in groups[0] and planner.joins(run))
-    executor.loop.look_ahead(planner.following(groups[0], joining, engine.options, engine.sites))
+    group = groups[0] if groups else []
+    decoding = set(map(id, group))
+    joining = sum(1 for run in others if id(run) not in decoding and planner.joins(run))
+    going, staying = planner.going(group, engine.options), riding.staying(engine)
+    shape = planner.decode_shape(len(going) + joining + len(staying), engine.options)
+    if riding.launch is not None and riding.launch.shape != shape:
+        return
+    rows = planner.following(going, shape, engine.sites)
+    if rows is not None:
+        loop.look_ahead(rows, staying)
 
 
 def _seek(engine: Engine, run: Run) -> Stop | None:

@@ -29,6 +29,7 @@ from djinn_fx.sites import Site
 from djinn_fx.specs import TableSpec
 
 if TYPE_CHECKING:
+    from djinn_fx.runtime.launch import Launch
     from djinn_fx.runtime.loop import DecodeLoop
 
 
@@ -115,13 +116,14 @@ class Executor:
     stages: Stages | None = None
 
     @torch.no_grad()
-    def decode(self, batch: Sequence[BatchRow]) -> Sequence[RowValues | None]:
+    def decode(self, batch: Sequence[BatchRow], launch: Launch | None = None) -> Sequence[RowValues | None]:
         """Run one decode step of every row, all in the shape of the first row's step.
 
-        None for a row that a decode loop runs later; see :meth:`djinn_fx.runtime.loop.DecodeLoop.decode`.
+        None for a row that a decode loop runs later; see :meth:`djinn_fx.runtime.loop.DecodeLoop.decode`, also for
+        ``launch``.
         """
         if self.loop is not None:
-            return self.loop.decode(batch)
+            return self.loop.decode(batch, launch)
         shape = batch[0].step.shape
         if any(row.step.shape != shape for row in batch) or len(batch) > shape.rows:
             raise InternalError("a decode batch mixes program shapes")

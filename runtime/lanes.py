@@ -232,17 +232,19 @@ class Lanes:
         """The number of the next step, ``[1]``."""
         return self.ints[-1, :1]
 
-    def upload_ints(self, rows: Mapping[int, BatchRow], count: int, number: int) -> None:
+    def upload_ints(self, rows: Mapping[int, tuple[int, int, int, int]], count: int, number: int) -> None:
         """Send what the first ``count`` lanes run in step ``number``, and nothing on other lanes.
 
-        A token that is :data:`UNKNOWN` stays what it is on the device: the last step left it there.
+        Args:
+            rows: token, position, arena row and length by lane. A token that is :data:`UNKNOWN` stays what it is on
+                the device: the last step left it there.
+            count: how many lanes.
+            number: the step's.
         """
-        lanes = [(0, 0, self.spare_row, 0, number)] * count
-        for lane, row in rows.items():
-            step = row.step
-            lanes[lane] = (step.tokens[0], step.start, row.arena_row, step.stop, number)
+        dead = (0, 0, self.spare_row, 0)
+        lanes = [(*rows.get(lane, dead), number) for lane in range(count)]
         host = torch.tensor(lanes, dtype=torch.int64).t()
-        there = [lane for lane, numbers in enumerate(lanes) if numbers[0] == UNKNOWN]
+        there = {lane for lane, numbers in enumerate(lanes) if numbers[0] == UNKNOWN}
         if not there:
             send(host, self.ints[:, :count])
             return

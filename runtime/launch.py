@@ -36,16 +36,39 @@ class Snapshot:
     wanted: float = 1.0
 
 
+@dataclass(frozen=True, eq=False)
+class Seat:
+    """A lane that runs the steps of one row, from launch to launch, as long as nothing but the place changes.
+
+    Attributes:
+        row: the step of its first launch.
+        lane: the lane.
+        number: of its first launch.
+    """
+
+    row: BatchRow
+    lane: int
+    number: int
+
+    def start(self, number: int) -> int:
+        """Position of the token that it forwards in a launch."""
+        return self.row.step.start + number - self.number
+
+
 class Launch:
     """One decode step of some lanes, enqueued on the device.
+
+    Attributes:
+        rows: the seat of each live lane.
+        number: counts the launches of these lanes; says where its tokens go.
 
     Args:
         shape: the program's shape.
         variant: the program's variant.
-        rows: what each live lane runs.
+        rows: see above.
         lanes: the buffers it ran over.
         logits: gives the program's logits.
-        number: counts the launches of these lanes; says where its tokens go.
+        number: see above.
         before: the launch whose tokens it took over on the device; None if they came from the host.
     """
 
@@ -53,27 +76,25 @@ class Launch:
         self,
         shape: ProgramShape,
         variant: Variant,
-        rows: Mapping[int, BatchRow],
+        rows: Mapping[int, Seat],
         lanes: Lanes,
         logits: Callable[[], torch.Tensor],
         number: int,
         before: Launch | None = None,
     ) -> None:
-        self.shape, self.variant, self.rows = shape, variant, dict(rows)
+        self.shape, self.variant, self.rows, self.number = shape, variant, rows, number
         self._before = before
+        self._by_row = {seat.row.arena_row: seat for seat in rows.values()}
         self._lanes, self._logits = lanes, logits
         self._values: weakref.WeakSet[LaunchValues] = weakref.WeakSet()
         self._over = False
-        self._steps_on = 0  # how many steps on from what ``rows`` say
         self._tokens = lanes.ring[number % SLOTS, : shape.rows]
         self._arrived = passed(lanes.device)
         self._read: list[int] | None = None
 
     def following(self, number: int) -> Launch:
         """The same rows, one step on, enqueued just now."""
-        launch = Launch(self.shape, self.variant, self.rows, self._lanes, self._logits, number)
-        launch._steps_on = self._steps_on + 1
-        return launch
+        return Launch(self.shape, self.variant, self.rows, self._lanes, self._logits, number)
 
     @property
     def over(self) -> bool:
@@ -85,12 +106,6 @@ class Launch:
         """Whether sites' values were kept."""
         return self.variant != "plain"
 
-    def value(self, row: BatchRow, lane: int) -> LaunchValues:
-        """What it left for a row."""
-        found = LaunchValues(row.step, lane, self, row.wants)
-        self._values.add(found)
-        return found
-
     def tokens(self) -> list[int]:
         """Each lane's most likely next token; waits for the device."""
         if self._read is None:
@@ -100,31 +115,42 @@ class Launch:
             self._read = self._tokens.tolist()
         return self._read
 
-    def serves(self, row: BatchRow, lane: int) -> bool:
-        """Whether this launch, made ahead, ran just the step that a row asks for."""
-        mine = self.rows.get(lane)
-        if mine is None or mine.arena_row != row.arena_row or row.step.shape != self.shape:
-            return False
-        if row.wants == "taps" and not self.tapped:
-            return False
-        if mine.step is row.step:
-            return True
-        token = mine.step.tokens[0]
-        if token == UNKNOWN and self._before is not None:
-            token = self._before.tokens()[lane]
-        return token == row.step.tokens[0] and _same_step(mine.step, row.step)
+    def seat_of(self, arena_row: int) -> Seat | None:
+        """The seat of the session in a row of the arena, if it has one."""
+        return self._by_row.get(arena_row)
 
-    def taken(self) -> None:
-        """It serves from now on; where its tokens came from no longer matters."""
-        self._before = None
+    def fed(self, seat: Seat) -> int:
+        """The token that it forwards for a seat, :data:`UNKNOWN` if that is past finding out.
 
-    def leads_to(self, rows: Mapping[int, BatchRow], shape: ProgramShape) -> bool:
-        """Whether the inputs that it left on the device are already those of ``rows``."""
-        if shape != self.shape or rows.keys() != self.rows.keys():
+        Waits for the launch before, if only the device knew it.
+        """
+        if seat.number == self.number and seat.row.step.tokens[0] != UNKNOWN:
+            return seat.row.step.tokens[0]
+        return UNKNOWN if self._before is None else self._before.tokens()[seat.lane]
+
+    def serves(self, row: BatchRow) -> LaunchValues | None:
+        """What this launch leaves for a row, if it runs just the step that the row asks for."""
+        seat = self.seat_of(row.arena_row)
+        if seat is None or row.step.shape != self.shape or (row.wants == "taps" and not self.tapped):
+            return None
+        mine = seat.row.step
+        if mine is not row.step or seat.number != self.number:
+            alike = seat.start(self.number) == row.step.start and _same_but_place(mine, row.step)
+            if not alike or self.fed(seat) != row.step.tokens[0]:
+                return None
+        found = LaunchValues(row.step, seat.lane, self, row.wants)
+        self._values.add(found)
+        return found
+
+    def leads_to(self, rows: Mapping[int, Seat], shape: ProgramShape, number: int) -> bool:
+        """Whether the inputs that it left on the device are already those of ``rows`` in launch ``number``."""
+        if shape != self.shape or rows.keys() != self.rows.keys() or number != self.number + 1:
             return False
-        for lane, row in rows.items():
-            mine, token = self.rows[lane], row.step.tokens[0]
-            if mine.arena_row != row.arena_row or mine.step.stop + self._steps_on != row.step.start:
+        for lane, seat in rows.items():
+            mine, token = self.rows[lane], seat.row.step.tokens[0]
+            if mine is seat:
+                continue
+            if mine.row.arena_row != seat.row.arena_row or mine.start(number) != seat.start(number):
                 return False
             if token != UNKNOWN and token != self.tokens()[lane]:
                 return False
@@ -134,7 +160,7 @@ class Launch:
         """The buffers will be overwritten: copy what somebody still wants of them."""
         if not self._over:
             self.keep()
-        self._over = True
+        self._over, self._before = True, None
 
     def keep(self) -> None:
         """Copy what somebody wants of the buffers, all in one go; whoever has a copy reads from that."""
@@ -289,11 +315,10 @@ class LaunchValues:
         return source.logits[self.lane - source.first]
 
 
-def _same_step(ahead: Step, step: Step) -> bool:
-    """Whether a step launched ahead is ``step`` but for its token."""
+def _same_but_place(ahead: Step, step: Step) -> bool:
+    """Whether a step launched ahead is ``step`` but for its token and its place."""
     return (
-        ahead.start == step.start
-        and len(step.steering) == len(ahead.steering) == 1
+        len(step.steering) == len(ahead.steering) == 1
         and ahead.steering[0][1] is step.steering[0][1]
         and not (step.injections or ahead.injections)
         and (ahead.last_prompt, ahead.sampled) == (step.last_prompt, step.sampled)

@@ -20,7 +20,7 @@ from djinn_fx.errors import InternalError
 from djinn_fx.runtime.arena import KVArena
 from djinn_fx.runtime.graphs import Replayed, Stream, capture
 from djinn_fx.runtime.lanes import SLOTS, Lanes, Written
-from djinn_fx.runtime.launch import Launch, LaunchValues
+from djinn_fx.runtime.launch import Launch, LaunchValues, Seat
 from djinn_fx.runtime.programs import ProgramCache
 from djinn_fx.runtime.steps import UNKNOWN
 from djinn_fx.runtime.tables import BatchRow
@@ -62,59 +62,75 @@ class DecodeLoop:
         """Whether a step was launched that nobody has asked for yet."""
         return self._ahead is not None
 
+    @property
+    def launched(self) -> Launch | None:
+        """The step that nobody has asked for yet."""
+        return self._ahead
+
     # -- one step ------------------------------------------------------------------------------
 
-    def decode(self, batch: Sequence[BatchRow]) -> list[LaunchValues | None]:
+    def decode(self, batch: Sequence[BatchRow], launch: Launch | None = None) -> list[LaunchValues | None]:
         """Run one decode step of every row, all in the shape of the first row's step.
 
         Rows whose step was launched ahead are served from there. Then nothing is launched now: None stands for the
         other rows, which should ride in the next :meth:`look_ahead`.
+
+        Args:
+            batch: the rows.
+            launch: what :meth:`board` gave, if it was called.
         """
+        if not batch:
+            return []
         shape = batch[0].step.shape
         if any(row.step.shape != shape for row in batch) or len(batch) > min(shape.rows, self.lanes.count):
             raise InternalError("a decode batch mixes program shapes")
-        launch, self._ahead = self._ahead, None
-        lanes = [self._lane_of.get(row.arena_row, -1) for row in batch]
-        served = [launch is not None and launch.serves(row, lane) for row, lane in zip(batch, lanes, strict=True)]
+        if launch is not None:
+            return [launch.serves(row) for row in batch]
+        launch = self.board()
+        served = [None if launch is None else launch.serves(row) for row in batch]
         if not any(served):
-            lanes = self._seat(batch, shape.rows)
-            launch = self._launch(dict(zip(lanes, batch, strict=True)), shape)
-            served = [True] * len(batch)
-        if launch is None:
-            raise InternalError("a decode step was not launched")
-        launch.taken()
-        return [launch.value(row, lane) if mine else None for row, lane, mine in zip(batch, lanes, served, strict=True)]
+            launch = self._launch_now(batch)
+            served = [launch.serves(row) for row in batch]
+        return served
 
-    def look_ahead(self, batch: Sequence[BatchRow]) -> None:
+    def board(self) -> Launch | None:
+        """Take the step that was launched ahead."""
+        launch, self._ahead = self._ahead, None
+        return launch
+
+    def look_ahead(self, batch: Sequence[BatchRow], staying: Sequence[Seat] = ()) -> None:
         """Launch the next step of some rows before the host has seen this one's tokens.
 
         A step whose token is :data:`UNKNOWN` takes the one that the last launch leaves on the device for its row. Where
         that is impossible (another program is needed, or one that is not made yet) nothing is launched.
+
+        Args:
+            batch: the rows' next steps.
+            staying: seats of the last launch whose steps go on.
         """
         last = self._last
-        if last is None or not batch or any(row.step.shape != last.shape for row in batch):
+        if last is None or any(row.step.shape != last.shape for row in batch):
             return
         following = [row for row in batch if row.step.tokens[0] == UNKNOWN]
-        if any(last.rows.get(self._lane_of.get(row.arena_row, -1)) is None for row in following):
+        if any(last.seat_of(row.arena_row) is None for row in following):
+            return
+        if any(last.rows.get(seat.lane) is not seat for seat in staying):
             return
         riding = [row for row in batch if row.step.tokens[0] != UNKNOWN]
-        lanes = self._seat([*following, *riding], last.shape.rows)
-        self._ahead = self._launch(dict(zip(lanes, [*following, *riding], strict=True)), last.shape, ahead=True)
+        rows = self._seats([*following, *riding], last.shape.rows, staying)
+        if rows:
+            self._ahead = self._try_ahead(rows, last)
 
-    def launch_for(self, batch: Sequence[BatchRow]) -> Launch:
-        """The launch that runs a step of every row of a batch: the one made ahead, if it does, else a new one."""
-        launch, self._ahead = self._ahead, None
-        if launch is None or not all(launch.serves(row, self._lane_of.get(row.arena_row, -1)) for row in batch):
-            lanes = self._seat(batch, batch[0].step.shape.rows)
-            launch = self._launch(dict(zip(lanes, batch, strict=True)), batch[0].step.shape)
-        if launch is None:
-            raise InternalError("a decode step was not launched")
-        launch.taken()
-        return launch
+    def launch_for(self, batch: Sequence[BatchRow]) -> tuple[Launch, list[int]]:
+        """The launch that runs a step of every row of a batch, and the lane of each.
 
-    def lane_of(self, row: BatchRow) -> int:
-        """The lane of a row that was launched."""
-        return self._lane_of[row.arena_row]
+        It is the one made ahead, if that does, else a new one.
+        """
+        launch = self.board()
+        served = [None if launch is None else launch.serves(row) for row in batch]
+        if launch is None or not all(served):
+            launch = self._launch_now(batch)
+        return launch, [self._lane_of[row.arena_row] for row in batch]
 
     def repeat(self, last: Launch) -> Launch | None:
         """The step after ``last`` of all its rows, under the same tables; None if another launch came after it."""
@@ -128,7 +144,7 @@ class DecodeLoop:
     def drop(self, row: int | None = None) -> None:
         """Give up what was launched ahead; with ``row`` only if it runs a step in that row of the arena."""
         ahead = self._ahead
-        if ahead is not None and (row is None or any(mine.arena_row == row for mine in ahead.rows.values())):
+        if ahead is not None and (row is None or ahead.seat_of(row) is not None):
             self._ahead = None
 
     def prepare(self, rows: int, variant: Variant) -> Replayed:
@@ -159,46 +175,91 @@ class DecodeLoop:
 
     # -- launching -----------------------------------------------------------------------------
 
-    def _seat(self, batch: Sequence[BatchRow], count: int) -> list[int]:
-        """A lane below ``count`` for each row: the one it had, where that is free."""
-        lanes: dict[int, int] = {}
+    def _seats(self, batch: Sequence[BatchRow], count: int, staying: Sequence[Seat] = ()) -> dict[int, Seat]:
+        """A seat on a lane below ``count`` for each row, the lane it had, where that is free; and those that stay."""
+        rows = {seat.lane: seat for seat in staying}
+        later: list[BatchRow] = []
         for row in batch:
             lane = self._lane_of.get(row.arena_row, count)
-            if lane < count and lane not in lanes.values():
-                lanes[row.arena_row] = lane
-        free = iter([lane for lane in range(count) if lane not in set(lanes.values())])
-        for row in batch:
-            if row.arena_row not in lanes:
-                lanes[row.arena_row] = next(free)
-        self._lane_of = {**{r: lane for r, lane in self._lane_of.items() if lane not in set(lanes.values())}, **lanes}
-        return [lanes[row.arena_row] for row in batch]
+            if lane < count and lane not in rows:
+                rows[lane] = Seat(row, lane, self._number)
+            else:
+                later.append(row)
+        if later:
+            free = [lane for lane in range(count) if lane not in rows][: len(later)]
+            rows |= {lane: Seat(row, lane, self._number) for lane, row in zip(free, later, strict=True)}
+            gone = {row: lane for row, lane in self._lane_of.items() if lane not in rows}
+            self._lane_of = gone | {seat.row.arena_row: lane for lane, seat in rows.items()}
+        return rows
 
-    def _launch(self, rows: Mapping[int, BatchRow], shape: ProgramShape, *, ahead: bool = False) -> Launch | None:
-        """Run a step of the rows on their lanes; None if ``ahead`` and the program it needs is not made yet."""
-        plans = {lane: self.lanes.plan(lane, row) for lane, row in rows.items()}
+    def _try_ahead(self, rows: Mapping[int, Seat], last: Launch) -> Launch | None:
+        """Run the next step of seats behind ``last``; None if no program that does is made yet.
+
+        A richer program has the same bits; what it leaves beside them nobody asks for.
+        """
+        plans = self._plans(rows)
         variant = self._variant(rows, plans)
-        if ahead:  # nothing is compiled for that; a richer program that is ready has the same bits
-            found = [v for v in _RICHNESS if (shape.rows, v) in self._ready and _RICHNESS[v] >= _RICHNESS[variant]]
-            if not found:
-                return None
-            variant = found[0]
+        found = [v for v in _RICHNESS if (last.shape.rows, v) in self._ready and _RICHNESS[v] >= _RICHNESS[variant]]
+        return self._launch(rows, last.shape, plans, found[0], last) if found else None
+
+    def _launch_now(self, batch: Sequence[BatchRow]) -> Launch:
+        """Run a step of every row in the cheapest program that does, compiled now if it is the first time."""
+        shape = batch[0].step.shape
+        rows = self._seats(batch, shape.rows)
+        plans = self._plans(rows)
+        return self._launch(rows, shape, plans, self._variant(rows, plans))
+
+    def _launch(
+        self,
+        rows: Mapping[int, Seat],
+        shape: ProgramShape,
+        plans: Mapping[int, Written],
+        variant: Variant,
+        before: Launch | None = None,
+    ) -> Launch:
+        """Run a step of seats.
+
+        Args:
+            rows: the seat of each lane that runs one.
+            shape: the program's shape.
+            plans: what each of these lanes must hold.
+            variant: the program's variant.
+            before: the launch that leaves the tokens which only the device knows.
+        """
         replayed = self.prepare(shape.rows, variant)
         last, self._last = self._last, None
         if last is not None:
             last.end()
         for lane in range(shape.rows):
-            if lane in rows:
-                self.lanes.write(lane, rows[lane], plans[lane])
-            else:
+            if lane not in rows:
                 self.lanes.clear(lane)
+            elif plans[lane] is not self.lanes.written[lane]:
+                self.lanes.write(lane, rows[lane].row, plans[lane])
         self.lanes.upload_flags()
-        if last is None or not last.leads_to(rows, shape):
-            self.lanes.upload_ints(rows, shape.rows, self._number)
+        if last is None or not last.leads_to(rows, shape, self._number):
+            self.lanes.upload_ints(self._numbers(rows), shape.rows, self._number)
         self._run(replayed)
-        before = last if ahead else None
         made = Launch(shape, replayed.program.variant, rows, self.lanes, replayed.logits, self._number, before)
         self._last = self._counted(made)
         return made
+
+    def _plans(self, rows: Mapping[int, Seat]) -> dict[int, Written]:
+        """What each lane must hold; what it holds already, where its seat was in the last launch."""
+        known = {} if self._last is None else self._last.rows
+        written = self.lanes.written
+        return {
+            lane: written[lane] if known.get(lane) is seat else self.lanes.plan(lane, seat.row)
+            for lane, seat in rows.items()
+        }
+
+    def _numbers(self, rows: Mapping[int, Seat]) -> dict[int, tuple[int, int, int, int]]:
+        """What each lane forwards in the next launch: token, position, row of the arena, length."""
+        found = {}
+        for lane, seat in rows.items():
+            start, token = seat.start(self._number), seat.row.step.tokens[0]
+            token = token if seat.number == self._number else UNKNOWN
+            found[lane] = (token, start, seat.row.arena_row, start + 1)
+        return found
 
     def _run(self, replayed: Replayed) -> None:
         """Run a program, once the place where its tokens go is free."""
@@ -212,8 +273,8 @@ class DecodeLoop:
         self._recent.append(weakref.ref(launch))
         return launch
 
-    def _variant(self, rows: Mapping[int, BatchRow], plans: Mapping[int, Written]) -> Variant:
-        needed: list[Variant] = [plan.variant for plan in plans.values()]
-        if any(row.wants == "taps" for row in rows.values()):
-            needed.append("armed")
+    def _variant(self, rows: Mapping[int, Seat], plans: Mapping[int, Written]) -> Variant:
+        needed: set[Variant] = {plan.variant for plan in plans.values()}
+        if any(seat.row.wants == "taps" for seat in rows.values()):
+            needed.add("armed")
         return max(needed, key=_RICHNESS.__getitem__)

@@ -64,25 +64,30 @@ def next_chunk(run: Run, options: EngineOptions) -> Step:
 def make_step(run: Run, start: int, stop: int, shape: ProgramShape) -> Step:
     """A fresh step over positions ``[start, stop)`` under the session's current steering."""
     session = run.session
-    gave = run.prompt_end > run.prompt_start
     return Step(
         start=start,
         tokens=tuple(session.token_list[start:stop]),
         sampled=tuple(session.sampled[start:stop]),
-        last_prompt=run.prompt_end - 1 if gave else -1,
+        last_prompt=last_prompt(run),
         shape=shape,
         steering=((-1, session.steering),),
     )
 
 
-def decode_groups(runs: Sequence[Run], options: EngineOptions) -> Iterator[list[Run]]:
+def last_prompt(run: Run) -> int:
+    """Position of the call's last prompt token, -1 if it gave none."""
+    return run.prompt_end - 1 if run.prompt_end > run.prompt_start else -1
+
+
+def decode_groups(runs: Sequence[Run], beside: int, options: EngineOptions) -> Iterator[list[Run]]:
     """Group runs into decode batches, giving each fresh one its step.
 
-    A step that was interrupted runs again in the row bucket it first ran in; fresh ones take the bucket of the batch.
+    A step that was interrupted runs again in the row bucket it first ran in; fresh ones take the bucket of the batch,
+    in which ``beside`` others ride.
     """
     redone = [run for run in runs if run.flight is not None]
     fresh = [run for run in runs if run.flight is None]
-    shape = decode_shape(len(runs), options)
+    shape = decode_shape(len(runs) + beside, options)
     for run in fresh:
         length = run.session.length
         run.flight = Flight(make_step(run, length, length + 1, shape))
@@ -113,30 +118,32 @@ def batch_row(run: Run) -> BatchRow:
     return BatchRow(run.session.row, flight_of(run).step, wants(run))
 
 
-def following(runs: Sequence[Run], joining: int, options: EngineOptions, sites: Sequence[Site]) -> list[BatchRow]:
+def going(runs: Sequence[Run], options: EngineOptions) -> list[Run]:
+    """Of runs that decode, those with another step to come: they have no values yet, or these give no last token."""
+    return [run for run in runs if flight_of(run).values is None or not _ends(run, options)]
+
+
+def following(runs: Sequence[Run], shape: ProgramShape, sites: Sequence[Site]) -> list[BatchRow] | None:
     """What may be decoded next, before it is known what the steps in the air came to.
 
     Args:
-        runs: the runs that decode: with values their step is launched, without it still has to be.
-        joining: further runs that will decode in the next step.
-        options: the engine's options.
+        runs: those that are :func:`going` on: with values their step is launched, without it still has to be.
+        shape: of the next step.
         sites: the compiled sites.
 
     Returns:
         a row for each run that will go on for sure (it may turn out to stop all the same), and for each one without
-        values; nothing where the next step will have another shape.
+        values; None where one of these has another shape.
     """
-    going = [run for run in runs if flight_of(run).values is None or not _ends(run, options)]
-    shape = decode_shape(len(going) + joining, options)
     rows: list[BatchRow] = []
-    for run in going:
+    for run in runs:
         step = flight_of(run).step
         if flight_of(run).values is not None:
             if run.options.sampling.do_sample or _stops(run, sites):
                 continue
             step = _next_step(run, step, shape)
         if step.shape != shape:
-            return []
+            return None
         rows.append(BatchRow(run.session.row, step, wants(run)))
     return rows
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-import djinn_fx as djinn
 from djinn_fx.runtime.lanes import SLOTS
 from tests.runtime.tiny import direction, make_dj, make_model, prompt
 
