@@ -41,12 +41,14 @@ class PromptBatch:
         places: for each prompt, the column of each of its tokens.
         width: columns of the user's layout.
         steps: where the one row is a session's: the steps in which it computed its tokens.
+        before: keys and values of each layer at the positions before those steps, ``[heads, positions, dim]``.
     """
 
     rows: list[list[int]]
     places: list[list[int]]
     width: int
     steps: tuple[Step, ...] | None = None
+    before: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()
 
     def spread(self, values: Sequence[torch.Tensor]) -> torch.Tensor:
         """Rows ``[tokens, ...]`` put into the user's layout ``[B, width, ...]``, zeros at pads."""

@@ -93,7 +93,7 @@ class Observer:
                 f"a prompt has {max(lengths)} tokens, but the model was compiled for max_length={self.max_length}."
             )
         rows = bucket(len(lengths))
-        arena = KVArena(self._kv_until(plan.last), rows, max(lengths), self.dtype, self.device)
+        arena = self._arena(batch, plan, rows)
         logits: list[list[torch.Tensor]] = [[] for _ in lengths]
         cuts, variant = self._program_for(batch, plan)
         for steps in self._chunks(batch, plan):
@@ -107,6 +107,15 @@ class Observer:
                     logits[index].append(env[LOGITS][index, :count].clone())
         kept = [torch.cat(parts) for parts in logits if parts]
         return [row[-plan.logits :] for row in kept] if plan.logits else kept
+
+    def _arena(self, batch: PromptBatch, plan: Sweep, rows: int) -> KVArena:
+        """A scratch arena for a batch, with what it is given of the positions before."""
+        longest = max([len(row) for row in batch.rows] + [step.stop for step in batch.steps or ()])
+        arena = KVArena(self._kv_until(plan.last), rows, longest, self.dtype, self.device)
+        for ours, given in zip(arena.layers, batch.before, strict=False):
+            for part, known in zip(ours, given, strict=True):
+                part[0, :, : known.shape[1]] = known
+        return arena
 
     def _kv_until(self, last: Site | None) -> Sequence[KVSpec]:
         """What the layers keep that run in a pass which ends behind a site."""

@@ -16,6 +16,7 @@ from djinn_fx.specs import ProgramShape
 if TYPE_CHECKING:
     from djinn_fx.runtime.engine import Engine
     from djinn_fx.runtime.session import Session
+    from djinn_fx.runtime.stop import Stop
 
 
 def retold(engine: Engine, session: Session) -> PromptBatch:
@@ -42,6 +43,31 @@ def retold(engine: Engine, session: Session) -> PromptBatch:
         steps = [*session.journal, *_in_the_air(run)]
         steps += _ahead(run, steps[-1].stop if steps else 0, len(tokens))
     return PromptBatch([tokens], [list(range(len(tokens)))], len(tokens), tuple(map(_alone, steps)))
+
+
+def retold_step(engine: Engine, stop: Stop) -> PromptBatch:
+    """The step in which a run stands at a stop, as :func:`retold` has it, after the session's own keys and values.
+
+    Raises:
+        InvalidValue: another model's stop.
+        StaleStop: the run went on from here.
+        CapacityError: the session is off the device and there is no row for it.
+    """
+    session = stop.session
+    if session.engine is not engine:
+        raise InvalidValue("the stop belongs to another compiled model; ask its own.")
+
+    def take() -> PromptBatch:
+        stop.require_current("look at its step")
+        session.require_still()
+        engine.bring_back(session)
+        (step,) = map(_alone, _in_the_air(stop.run))
+        row, start = session.row, step.start
+        kept = [(keys[row, :, :start].clone(), values[row, :, :start].clone()) for keys, values in engine.arena.layers]
+        count = len(step.tokens)
+        return PromptBatch([list(step.tokens)], [list(range(count))], count, (step,), kept)
+
+    return engine.tiers.roomy(take)
 
 
 def _in_the_air(run: Run) -> list[Step]:

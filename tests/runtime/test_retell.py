@@ -27,6 +27,10 @@ def test_the_logits_of_an_edited_session_are_its_own(backend: str) -> None:
         s.steer("attn_q.0", ablate=direction(2))
         before = s.tokens.tolist()
         ahead = dj(s).logits[0, -1]
+        torch.testing.assert_close(dj(stop).logits[0, -1], ahead, **CLOSE)
+        again = dj.run_with_cache(stop, ["resid_post.0", "mlp_out.0"], logits=False)[1]
+        assert torch.equal(again["resid_post.0"][0], stop.value)
+        torch.testing.assert_close(again["mlp_out.0"][0], seen["mlp_out.0"][0], **CLOSE)
         assert s.tokens.tolist() == before and run.stop is stop
         kept = bits_of(run.result())
         torch.testing.assert_close(ahead, kept[2], **CLOSE)
@@ -43,7 +47,14 @@ def test_a_session_in_the_middle_of_its_prompt(one: djinn.Dj) -> None:
         stop.value[3] = 0
         ahead = one(s).logits[0]
         assert ahead.shape[0] == PROMPT
+        step = one(stop).logits[0]
+        torch.testing.assert_close(step, ahead[:CHUNK], **CLOSE)
+        second = next(run)
+        s.offload()
+        torch.testing.assert_close(one(second).logits[0], ahead[CHUNK:], **CLOSE)
         torch.testing.assert_close(ahead[-1], bits_of(run.result())[0], **CLOSE)
+        with pytest.raises(djinn.StaleStop):
+            one(stop)
 
 
 def test_a_full_session_and_one_with_several_calls(one: djinn.Dj) -> None:
@@ -107,6 +118,8 @@ def test_what_cannot_be_looked_at_is_refused(one: djinn.Dj) -> None:
         s.generate(prompt(3), max_new_tokens=1).run_to_end()
         with pytest.raises(djinn.InvalidValue, match="another compiled model"):
             other(s)
+        with pytest.raises(djinn.InvalidValue, match="another compiled model"):
+            other(s.run.rewind(position=1) if s.run else None)
         with pytest.raises(djinn.InvalidValue, match="run_with_hooks takes prompts"):
             one.run_with_hooks(s, [("resid_post.0", lambda value, hook: value)])
     with pytest.raises(djinn.SessionClosed):
