@@ -99,7 +99,7 @@ COMMANDS: tuple[Command, ...] = (
     Command("receipt", "", "how exact the compiled model was measured to be", asking.receipt, ("receipt",)),
     Command("memory", "", "bytes by component", asking.memory, ("memory",)),
     Command(
-        "sites", "[PATTERN]", "names of the sites; * marks those compiled in", asking.sites, ("sites", "sites attn_*.1")
+        "sites", "[PATTERN]", "names of the sites; * marks those compiled in", asking.sites, ("sites", "sites attn_out.*")
     ),
     Command("tokens", "", "the session's tokens with their positions", asking.tokens, ("tokens",)),
     Command("history", "", "the lines so far", asking.history, ("history",)),
