@@ -28,6 +28,7 @@ def converse(
 
         app = DebuggerApp(opening, prompt, max_new_tokens, echo=echo)
         app.run()
+        app.close()
         if app.unopened:
             print(app.unopened, file=sys.stderr)
         return app.return_code or 0
