@@ -157,9 +157,7 @@ class Observer:
             for row in batch.rows
         ]
 
-    def _run(
-        self, program: Program, steps: Sequence[Step], arena: KVArena, plan: Sweep, visit: Visit | None
-    ) -> Env:
+    def _run(self, program: Program, steps: Sequence[Step], arena: KVArena, plan: Sweep, visit: Visit | None) -> Env:
         rows = [BatchRow(index, step) for index, step in enumerate(steps)]
         shape = program.shape
         env = step_inputs(rows, shape, arena.spare_row, self.device) | arena.env

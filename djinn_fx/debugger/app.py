@@ -10,7 +10,7 @@ from rich.text import Text
 from textual import work
 from textual.app import App, ComposeResult
 from textual.binding import Binding, BindingType
-from textual.containers import Horizontal, Vertical
+from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.widgets import Footer, Input, OptionList, RichLog, Static
 from textual.widgets.option_list import Option
 
@@ -64,7 +64,8 @@ class DebuggerApp(App[None]):
         with Horizontal():
             yield OptionList(id="layers", markup=False)
             with Vertical():
-                yield Static(id="site", markup=False)
+                with VerticalScroll(id="site", can_focus=False):
+                    yield Static(id="value", markup=False)
                 yield RichLog(id="log", wrap=True, min_width=0, markup=False)
         yield Static(id="busy", markup=False)
         yield Input(placeholder="help, break resid_post.1 if norm > 40, run, continue, step", id="line")
@@ -74,10 +75,9 @@ class DebuggerApp(App[None]):
         """Begin to open the model."""
         for pane in ("tokens", "layers", "site", "log"):
             self.query_one(f"#{pane}").border_title = pane
-        self.query_one("#site", Static).update(Text("opening", panes.DIM))
+        self.query_one("#value", Static).update(Text("opening", panes.DIM))
         self.query_one("#line", Input).focus()
         self.set_interval(0.2, self._tick)
-        self.screen.add_class("opening")
         self._open()
 
     # -- the model -----------------------------------------------------------------------------
@@ -101,7 +101,6 @@ class DebuggerApp(App[None]):
         self.call_from_thread(self._opened)
 
     def _opened(self) -> None:
-        self.screen.remove_class("opening")
         if self.model is not None:
             self._tell(f"{self.model!r}\n`help` lists the commands", panes.DIM)
         self._refresh()
@@ -158,7 +157,7 @@ class DebuggerApp(App[None]):
     def _site(self, stop: Stop | None) -> Text:
         """The pane of the stopped site; it computes, so a worker makes it."""
         assert self.debugger is not None
-        width = self.query_one("#site").content_size.width or 60
+        width = self.query_one("#value").content_size.width or 60
         try:
             return panes.site_of(self.debugger.dj, stop, width)
         except Exception as error:  # the pane shall not take the program with it
@@ -192,9 +191,10 @@ class DebuggerApp(App[None]):
         self._show_layers(debugger, stop)
         tokens = self.query_one("#tokens", Tokens)
         tokens.show(debugger)
-        site = self.query_one("#site", Static)
-        site.update(shown if shown is not None else Text("not at a stop", panes.DIM))
-        site.border_title = "site" if stop is None else f"{stop.site} · position {stop.position} · {stop.phase}"
+        self.query_one("#value", Static).update(shown if shown is not None else Text("not at a stop", panes.DIM))
+        self.query_one("#site").border_title = (
+            "site" if stop is None else f"{stop.site} · position {stop.position} · {stop.phase}"
+        )
         tokens.border_title = f"tokens · session {debugger.current}" if debugger.current else "tokens"
 
     def _show_layers(self, debugger: Debugger, stop: Stop | None) -> None:
@@ -207,9 +207,7 @@ class DebuggerApp(App[None]):
         layers.clear_options()
         for name in debugger.dj.compiled_sites:
             here = stop is not None and stop.site == name
-            line = panes.layer(
-                name, armed=name in armed, disabled=name in disabled, here=here, steered=name in steered
-            )
+            line = panes.layer(name, armed=name in armed, disabled=name in disabled, here=here, steered=name in steered)
             layers.add_option(Option(line, id=name))
         layers.highlighted = chosen
 
@@ -257,5 +255,3 @@ class DebuggerApp(App[None]):
         """Give the model back, once the program has ended."""
         if self.model is not None:
             self.model.close()
-
-

@@ -42,7 +42,7 @@ class Budget:
     each: int = MAX_ELEMENTS
     left: int = MAX_TOGETHER
 
-    def call(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    def call(self, function: Callable[..., Any] | Sized, *args: Any, **options: Any) -> Any:
         """``function(*args, **options)``, unless its result is too large.
 
         Raises:

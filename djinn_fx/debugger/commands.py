@@ -38,8 +38,8 @@ class Command:
 def _help(debugger: Debugger, rest: str) -> None:
     if not rest:
         lines = [f"{f'{command.name} {command.usage}':<44} {command.says}" for command in COMMANDS]
-        short = "  ".join(f"{alias} {name}" for alias, name in SHORT.items())
-        debugger.write("\n".join([*lines, f"short: {short}", "help COMMAND shows examples"]))
+        forms = "  ".join(f"{alias} {name}" for alias, name in SHORT.items())
+        debugger.write("\n".join([*lines, f"short: {forms}", "help COMMAND shows examples"]))
         return
     command = find(rest)
     short = [alias for alias, name in SHORT.items() if name == command.name]
@@ -99,7 +99,8 @@ COMMANDS: tuple[Command, ...] = (
     Command("receipt", "", "how exact the compiled model was measured to be", asking.receipt, ("receipt",)),
     Command("memory", "", "bytes by component", asking.memory, ("memory",)),
     Command(
-        "sites", "[PATTERN]", "names of the sites; * marks those compiled in", asking.sites, ("sites", "sites attn_out.*")
+        "sites", "[PATTERN]", "names of the sites; * marks those compiled in", asking.sites,
+        ("sites", "sites attn_out.*"),
     ),
     Command("tokens", "", "the session's tokens with their positions", asking.tokens, ("tokens",)),
     Command("history", "", "the lines so far", asking.history, ("history",)),

@@ -2,7 +2,7 @@
 
 An expression names ``h`` and a few things beside it, calls listed functions and tensor methods, indexes, computes and
 compares. What it means is what Python means, but that ``and``, ``or``, ``not`` and chained comparisons also take
-tensors. Beside its value an expression yields the line of Python that gives the same, which is what the debugger echoes.
+tensors. Beside its value an expression yields the Python that gives the same, which is what the debugger echoes.
 """
 
 from __future__ import annotations
@@ -145,9 +145,9 @@ class _Evaluator:
         (left, left_said), (right, right_said) = self.number(node.left), self.number(node.right)
         if type(node.op) not in BINARY:
             raise _refused(node, "this operator is not allowed; for logic write `and`, `or`, `not`.")
-        if isinstance(node.op, ast.Pow) and isinstance(left, int) and isinstance(right, int):
-            if right * left.bit_length() > MAX_BITS and abs(left) > 1:
-                raise _refused(node, "a whole number beyond 64 bits; write it as a float, such as 2.0**70.")
+        whole = isinstance(node.op, ast.Pow) and isinstance(left, int) and isinstance(right, int)
+        if whole and abs(left) > 1 and right * left.bit_length() > MAX_BITS:
+            raise _refused(node, "a whole number beyond 64 bits; write it as a float, such as 2.0**70.")
         return self.budget.call(BINARY[type(node.op)], left, right), ast.BinOp(left_said, node.op, right_said)
 
     def _Compare(self, node: ast.Compare) -> Found:
@@ -216,7 +216,9 @@ class _Evaluator:
             return self.budget.call(function, *values, **options), call_of(form, *said[0], **said[1])
         found = self.names.get(name)
         if isinstance(found, Sized):
-            return self.budget.call(found, *values, **options), call_of(self.python.get(name, name), *said[0], **said[1])
+            return self.budget.call(found, *values, **options), call_of(
+                self.python.get(name, name), *said[0], **said[1]
+            )
         raise _refused(node.func, f"not a function; functions: {', '.join(sorted(FUNCTIONS))}.")
 
 

@@ -234,6 +234,6 @@ def _unforeseen(error: Exception) -> str:
     where = f"{Path(own[-1].filename).name}:{own[-1].lineno}" if own else "?"
     return (
         f"error: {type(error).__name__}: {error}\n"
-        f"This is a defect of djinn-fx; nothing else was lost. Please report it: these lines, what `history` shows, and "
-        f"djinn-fx {__version__}, torch {torch.__version__}, Python {sys.version.split()[0]}, {where}."
+        "This is a defect of djinn-fx; nothing else was lost. Please report it: these lines, what `history` shows, "
+        f"and djinn-fx {__version__}, torch {torch.__version__}, Python {sys.version.split()[0]}, {where}."
     )

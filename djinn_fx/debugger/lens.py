@@ -36,10 +36,9 @@ class Moved:
     probabilities: tuple[float, ...]
     ranks: tuple[int, ...]
 
-    @property
-    def spark(self) -> str:
-        """Its probabilities as bars, the largest of 1 or more full."""
-        return "".join(_BARS[min(7, int(p * 8))] if p == p else "!" for p in self.probabilities)
+    def spark(self, most: float) -> str:
+        """Its probabilities as bars, ``most`` a full one; NaN is ``!``."""
+        return "".join(_BARS[min(7, int(p / most * 7.999))] if p == p else "!" for p in self.probabilities)
 
 
 @dataclass(frozen=True)
@@ -60,13 +59,18 @@ class Lens:
     here: str | None
     value: tuple[Word, ...] = ()
 
+    @property
+    def most(self) -> float:
+        """The largest probability of the tokens that moved."""
+        return max([p for moved in self.moved for p in moved.probabilities if p == p] + [1e-9])
+
     def text(self) -> str:
         """All layers, a line each; then the tokens that moved."""
         lines = [f"{'>' if site == self.here else ' '} {site:<14} {row(words)}" for site, words in self.named()]
         width = max(len(moved.text) for moved in self.moved)
         for moved in self.moved:
             ranks = " ".join(map(str, moved.ranks))
-            lines.append(f"  {moved.text:<{width}}  {moved.spark}  rank {ranks}")
+            lines.append(f"  {moved.text:<{width}}  {moved.spark(self.most)}  rank {ranks}")
         return "\n".join(lines)
 
     def named(self) -> list[tuple[str, tuple[Word, ...]]]:
@@ -111,6 +115,5 @@ def _words(dj: Dj, chances: torch.Tensor, count: int) -> tuple[Word, ...]:
         return ()
     best = chances.topk(min(count, chances.shape[-1]))
     return tuple(
-        Word(token_text(dj, token), p)
-        for token, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        Word(token_text(dj, token), p) for token, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)
     )

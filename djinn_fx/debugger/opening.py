@@ -65,5 +65,5 @@ def read_script(name: str) -> list[str]:
         line = data[: error.start].count(b"\n") + 1
         raise InvalidValue(f"the script {name} is no UTF-8 text: line {line}, byte {error.start} of it.") from error
     if not any(line.strip() and not line.strip().startswith("#") for line in lines):
-        raise InvalidValue(f"the script {name} holds no command; `djinn-fx debug` without --script takes them one by one.")
+        raise InvalidValue(f"the script {name} holds no command; leave --script out to type them one by one.")
     return lines

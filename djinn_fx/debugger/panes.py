@@ -59,15 +59,16 @@ def site_of(dj: Dj, stop: Stop | None, width: int) -> Text:
         return Text("not at a stop", DIM)
     flat = stop.value[-1].detach().float().cpu().flatten()
     found = Text()
-    for name, number in (
-        ("norm", f"{flat.norm():.2f}"), ("mean", f"{flat.mean():+.3f}"), ("std", f"{flat.std():.2f}"),
-        ("min", f"{flat.min():+.2f}"), ("max", f"{flat.max():+.2f}"),
-    ):  # fmt: skip
+    measures = {
+        "norm": f"{flat.norm():.2f}", "mean": f"{flat.mean():+.3f}", "min": f"{flat.min():+.2f}",
+        "max": f"{flat.max():+.2f}", **({"std": f"{flat.std():.2f}"} if width > 66 else {}),
+    }  # fmt: skip
+    for name, number in measures.items():
         found.append(f"{name} ", DIM).append(f"{number}  ", "bold")
     bad = shows.nonfinite(flat)
     found.append(bad or "finite", BAD if bad else DIM)
     found.append("\nvalues   ", DIM).append(render.histogram(flat, max(12, min(40, width - 26))), PROMPT)
-    found.append("\nlargest  ", DIM).append_text(_neurons(flat))
+    found.append("\nlargest  ", DIM).append_text(_neurons(flat, max(3, min(8, (width - 9) // 12))))
     try:
         found.append("\n").append_text(_lens(lens_at(dj, stop), width))
     except DjinnError as error:
@@ -75,32 +76,38 @@ def site_of(dj: Dj, stop: Stop | None, width: int) -> Text:
     return found
 
 
-def _neurons(flat: torch.Tensor) -> Text:
+def _neurons(flat: torch.Tensor, count: int) -> Text:
     found = Text()
-    for index, value in shows.largest(flat, 5):
+    for index, value in shows.largest(flat, count):
         found.append(f"{index}:", DIM).append(f"{value:+.2f}  ")
     return found
 
 
 def _lens(lens: Lens, width: int) -> Text:
     """Layers, at most :data:`LAYERS` of them, then the tokens that moved."""
-    found = Text("lens     likeliest next tokens", DIM)
-    for site, words in _chosen(lens):
+    shown = _chosen(lens)
+    columns = max((len(words) for _, words in shown), default=0)
+    wide = [max((len(words[i].text) for _, words in shown if i < len(words)), default=0) for i in range(columns)]
+    while sum(wide) + 7 * len(wide) + 17 > width and len(wide) > 1:
+        wide.pop()  # narrow terminals see the likeliest only
+    found = Text().append("lens     likeliest next tokens after each layer", DIM)
+    for site, words in shown:
         here = site in (lens.here, "here")
-        found.append(f"\n{'▶' if here else ' '} {site:<14} ", HERE if here else DIM).append_text(_row(words))
+        found.append(f"\n{'▶' if here else ' '} {site:<14} ", HERE if here else "").append_text(_row(words, wide))
     longest = max((len(moved.text) for moved in lens.moved), default=0)
-    found.append("\nmoved    the last layer's, from the first on", DIM)
+    found.append("\nmoved    how the last layer's likeliest came up, first layer to last", DIM)
     for moved in lens.moved:
-        found.append(f"\n  {moved.text:<{longest}} ").append(moved.spark, PROMPT).append(f"  {_ranks(moved)}", DIM)
+        found.append(f"\n  {moved.text:<{max(longest, 14)}} ").append(moved.spark(lens.most), PROMPT)
+        found.append(f"  {moved.probabilities[-1]:>3.0%}  ", "bold").append(_ranks(moved), DIM)
     return found
 
 
-def _row(words: tuple[Word, ...]) -> Text:
+def _row(words: tuple[Word, ...], wide: list[int]) -> Text:
     if not words:
         return Text("not finite", BAD)
     found = Text()
-    for rank, word in enumerate(words):
-        found.append(f"{word.text} ", "bold" if not rank else "").append(f"{word.probability:>3.0%}   ", DIM)
+    for rank, (word, room) in enumerate(zip(words, wide, strict=False)):
+        found.append(f"{word.text:<{room}} ", "bold" if not rank else "").append(f"{word.probability:>3.0%}   ", DIM)
     return found
 
 

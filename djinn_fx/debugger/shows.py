@@ -91,6 +91,13 @@ def value(thing: Any) -> str:
     if thing.numel() == 1:
         return f"{thing.item():.6g}" if thing.dtype.is_floating_point else str(thing.item())
     if thing.numel() <= 16:
-        return str(thing.tolist())
+        return _listed(thing.tolist())
     kind = f"{tuple(thing.shape)} {str(thing.dtype).removeprefix('torch.')}"
     return f"{kind}  {numbers(thing)}\n{render.histogram(thing.float().flatten())}"
+
+
+def _listed(thing: Any) -> str:
+    """Nested lists of numbers; floats to six digits."""
+    if isinstance(thing, list):
+        return f"[{', '.join(_listed(part) for part in thing)}]"
+    return f"{thing:.6g}" if isinstance(thing, float) else str(thing)

@@ -9,11 +9,15 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from djinn_fx.debugger.opening import Opening
 from djinn_fx.errors import DjinnError
+
+if TYPE_CHECKING:
+    from djinn_fx.debugger.interpreter import Debugger
 
 #: Exit statuses: a script's command failed; nothing could be opened; ended by Ctrl-C, as shells have it.
 FAILED, UNOPENED, ENDED = 1, 2, 130
@@ -71,11 +75,9 @@ def _write(text: str) -> None:
         print(text.encode("ascii", "replace").decode(), flush=True)
 
 
-def _carry_out(debugger: object, line: str) -> None:
+def _carry_out(debugger: Debugger, line: str) -> None:
     from djinn_fx.debugger import commands
-    from djinn_fx.debugger.interpreter import Debugger
 
-    assert isinstance(debugger, Debugger)
     try:
         debugger.execute(line or commands.again(debugger.history))
     except KeyboardInterrupt:
@@ -83,11 +85,8 @@ def _carry_out(debugger: object, line: str) -> None:
 
 
 @contextmanager
-def interruptible(debugger: object) -> Iterator[None]:
+def interruptible(debugger: Debugger) -> Iterator[None]:
     """While entered, Ctrl-C stops the run that goes at its next step; where none goes, or again, it is as ever."""
-    from djinn_fx.debugger.interpreter import Debugger
-
-    assert isinstance(debugger, Debugger)
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import djinn_fx as djinn
@@ -91,7 +88,9 @@ def test_a_site_not_compiled_in_is_compiled_when_asked_for(debugger: Debugger, d
 
 
 def test_a_temporary_breakpoint_goes_once_it_was_hit(debugger: Debugger, out: list[str]) -> None:
-    assert debugger.run_script(["tbreak resid_post.1", "break resid_post.3 if norm > 1e9", "run", "info breakpoints"]) == 0
+    assert (
+        debugger.run_script(["tbreak resid_post.1", "break resid_post.3 if norm > 1e9", "run", "info breakpoints"]) == 0
+    )
     assert "breakpoint 1: stopped after resid_post.1" in "\n".join(out)
     assert list(debugger.points) == [2] and "keep  on   resid_post.3 if norm > 1e9" in out[-1]
     assert debugger.execute("fork") and debugger.execute("switch 2")  # gone for forks too
@@ -106,7 +105,15 @@ def test_breakpoints_are_disabled_enabled_and_counted(debugger: Debugger, out: l
     assert debugger.run.finished
     assert debugger.execute("rewind 12") and debugger.execute("enable") and debugger.execute("continue")
     assert debugger.stop.site == "resid_post.1"
-    for wrong in ("enable 7", "disable x", "delete 1 9", "tbreak", "info", "info nothing", "break resid_post.1 if h[999]"):
+    for wrong in (
+        "enable 7",
+        "disable x",
+        "delete 1 9",
+        "tbreak",
+        "info",
+        "info nothing",
+        "break resid_post.1 if h[999]",
+    ):
         assert not debugger.execute(wrong), wrong
     assert list(debugger.points) == [1, 2]
     assert debugger.execute("delete 1 2") and not debugger.points
@@ -162,7 +169,7 @@ def test_a_damaged_file_loses_nothing(debugger: Debugger, out: list[str], tmp_pa
     path.write_bytes(content)
     assert debugger.run_script(["b resid_post.1", "r"]) == 0
     for line in (f"steer resid_post.1 add {path}", f"steer resid_post.1 ablate {path}", f"load {path}",
-                 f"steer resid_post.1 add {tmp_path}", f"load {tmp_path}", f"save {tmp_path}/no/where.safetensors"):  # fmt: skip
+                 f"steer resid_post.1 add {tmp_path}", f"load {tmp_path}", f"save {tmp_path}/no/a.file"):  # fmt: skip
         assert not debugger.execute(line) and out[-1].startswith("error: "), line
         assert "defect" not in out[-1], out[-1]
     assert debugger.execute("continue")

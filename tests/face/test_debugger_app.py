@@ -75,8 +75,8 @@ def test_lines_keys_and_panes(dj: djinn.Dj, size: tuple[int, int]) -> None:
         assert [point.text for point in app.debugger.points.values()] == ["resid_post.1"]
         await screen.press("ctrl+l")
         await screen.say("run")
-        site = screen.shown("#site")
-        for part in ("norm", "mean", "std", "finite", "largest", "lens", "resid_post.3", "moved", "rank"):
+        site = screen.shown("#value")
+        for part in ("norm", "mean", "finite", "largest", "lens", "resid_post.3", "moved", "rank"):
             assert part in site, part
         assert app.query_one("#site").border_title == "resid_post.1 · position 10 · prompt"
         assert screen.shown("#tokens").startswith("It was a grey morning")
@@ -93,10 +93,10 @@ def test_lines_keys_and_panes(dj: djinn.Dj, size: tuple[int, int]) -> None:
         await screen.press("tab")
         assert app.query_one("#line", Input).value == "continue "
         await screen.say("set h[-1, 3] /= 0")
-        assert "1 Inf" in screen.shown("#site") and "not finite" in screen.shown("#site")
+        assert "1 Inf" in screen.shown("#value") and "not finite" in screen.shown("#value")
         await screen.say("delete")
         await screen.say("continue")
-        assert app.debugger.run.finished and "not at a stop" in screen.shown("#site")
+        assert app.debugger.run.finished and "not at a stop" in screen.shown("#value")
         await screen.say("quit")
 
     drive(app, act, size)

@@ -86,7 +86,6 @@ receipt
 """
 
 
-
 @pytest.fixture(scope="module")
 def dj() -> Iterator[djinn.Dj]:
     model, tokenizer = storyteller()

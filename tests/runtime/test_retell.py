@@ -1,8 +1,9 @@
-"""A session as it stands, looked at without a change: its logits, its sites, its first NaN, two of them side by side."""
+"""A session as it stands, looked at without a change: its logits, sites, first NaN; two of them side by side."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 import djinn_fx as djinn
 from tests.runtime.tiny import CHUNK, NEW, PROMPT, another_dj, bits_of, direction, prompt, some
 
-CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # fp32: positions are computed alone here, in batches there
+CLOSE: Any = {"rtol": 1e-4, "atol": 1e-4}  # fp32: positions are computed alone here, in batches there
 
 
 @pytest.mark.parametrize("backend", ["eager", "static"])
