@@ -17,7 +17,6 @@ from textual.widgets.option_list import Option
 from djinn_fx.debugger import commands, panes
 from djinn_fx.debugger.opening import Opening
 from djinn_fx.debugger.tokens import Tokens
-from djinn_fx.errors import DjinnError
 
 if TYPE_CHECKING:
     from djinn_fx.debugger.interpreter import Debugger
@@ -88,7 +87,7 @@ class DebuggerApp(App[None]):
             self._begin("opening")
             try:
                 dj, default = self.opening(self._begin)
-            except (DjinnError, OSError) as error:
+            except Exception as error:  # whatever a model's own code raises
                 self.unopened = f"{type(error).__name__}: {error}"
                 self.call_from_thread(self.exit, return_code=2)
                 return
@@ -195,6 +194,7 @@ class DebuggerApp(App[None]):
         self.query_one("#site").border_title = (
             "site" if stop is None else f"{stop.site} · position {stop.position} · {stop.phase}"
         )
+        self.call_after_refresh(self.query_one("#log", RichLog).scroll_end, animate=False)  # the pane may be lower now
         tokens.border_title = f"tokens · session {debugger.current}" if debugger.current else "tokens"
 
     def _show_layers(self, debugger: Debugger, stop: Stop | None) -> None:
@@ -209,14 +209,16 @@ class DebuggerApp(App[None]):
             here = stop is not None and stop.site == name
             line = panes.layer(name, armed=name in armed, disabled=name in disabled, here=here, steered=name in steered)
             layers.add_option(Option(line, id=name))
+        if stop is not None and stop.site in debugger.dj.compiled_sites and not layers.has_focus:
+            chosen = debugger.dj.compiled_sites.index(stop.site)  # and into sight
         layers.highlighted = chosen
 
     # -- keys ----------------------------------------------------------------------------------
 
     def action_interrupt(self) -> None:
         """Stop the run at its next step."""
-        if self.debugger is not None and self.busy.locked() and not self.debugger.interrupt():
-            self._tell(f"no run to stop; still {self.doing}", panes.DIM)
+        if self.busy.locked() and not (self.debugger is not None and self.debugger.interrupt()):
+            self._tell(f"no run to stop; still {self.doing}. Ctrl-Q leaves.", panes.DIM)
 
     def action_go(self, pane: str) -> None:
         """Go to a pane, or from there back to the command line."""
@@ -252,6 +254,7 @@ class DebuggerApp(App[None]):
         line.cursor_position = len(line.value)
 
     def close(self) -> None:
-        """Give the model back, once the program has ended."""
-        if self.model is not None:
-            self.model.close()
+        """Give the model back, once the program has ended and the last command with it."""
+        with self.busy:
+            if self.model is not None:
+                self.model.close()

@@ -29,7 +29,7 @@ class Moved:
     Attributes:
         text: the token.
         probabilities: by layer.
-        ranks: by layer, 1 the likeliest.
+        ranks: by layer, 1 the likeliest; 0 where the layer is not finite.
     """
 
     text: str
@@ -48,7 +48,7 @@ class Lens:
     Attributes:
         sites: the layers' sites.
         words: likeliest tokens of each, the likeliest first.
-        moved: the tokens that the last layer finds likeliest, over the layers.
+        moved: the tokens that the last layer (the last finite one) finds likeliest, over the layers.
         here: the site of the stop, where it is one of ``sites``.
         value: the stopped value itself, where it is a residual between them.
     """
@@ -67,9 +67,9 @@ class Lens:
     def text(self) -> str:
         """All layers, a line each; then the tokens that moved."""
         lines = [f"{'>' if site == self.here else ' '} {site:<14} {row(words)}" for site, words in self.named()]
-        width = max(len(moved.text) for moved in self.moved)
+        width = max((len(moved.text) for moved in self.moved), default=0)
         for moved in self.moved:
-            ranks = " ".join(map(str, moved.ranks))
+            ranks = " ".join(str(rank or "?") for rank in moved.ranks)
             lines.append(f"  {moved.text:<{width}}  {moved.spark(self.most)}  rank {ranks}")
         return "\n".join(lines)
 
@@ -95,12 +95,14 @@ def lens_at(dj: Dj, stop: Stop, count: int = 3) -> Lens:
         raise DjinnError("this model has no resid_post sites, so there is no logit lens.")
     logits = dj.unembed(cache.stack("resid_post", -1)[:, 0]).float()
     chances = logits.softmax(-1)
-    best = chances[-1].nan_to_num(0).topk(min(count, chances.shape[-1])).indices.tolist()
+    sound = torch.isfinite(chances).all(-1)
+    last = int(sound.nonzero()[-1]) if bool(sound.any()) else 0
+    best = chances[last].nan_to_num(0).topk(min(count, chances.shape[-1])).indices.tolist() if sound.any() else []
     moved = tuple(
         Moved(
             token_text(dj, token),
             tuple(chances[:, token].tolist()),
-            tuple((1 + (logits > logits[:, token, None]).sum(-1)).tolist()),
+            tuple(((1 + (logits > logits[:, token, None]).sum(-1)) * sound).tolist()),
         )
         for token in best
     )

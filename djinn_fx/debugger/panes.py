@@ -66,7 +66,7 @@ def site_of(dj: Dj, stop: Stop | None, width: int) -> Text:
     for name, number in measures.items():
         found.append(f"{name} ", DIM).append(f"{number}  ", "bold")
     bad = shows.nonfinite(flat)
-    found.append(bad or "finite", BAD if bad else DIM)
+    found.append(bad or ("finite" if width > 58 else ""), BAD if bad else DIM)
     found.append("\nvalues   ", DIM).append(render.histogram(flat, max(12, min(40, width - 26))), PROMPT)
     found.append("\nlargest  ", DIM).append_text(_neurons(flat, max(3, min(8, (width - 9) // 12))))
     try:
@@ -95,10 +95,12 @@ def _lens(lens: Lens, width: int) -> Text:
         here = site in (lens.here, "here")
         found.append(f"\n{'▶' if here else ' '} {site:<14} ", HERE if here else "").append_text(_row(words, wide))
     longest = max((len(moved.text) for moved in lens.moved), default=0)
-    found.append("\nmoved    how the last layer's likeliest came up, first layer to last", DIM)
+    if lens.moved:
+        found.append("\nmoved    how the last layer's likeliest came up, first layer to last", DIM)
     for moved in lens.moved:
         found.append(f"\n  {moved.text:<{max(longest, 14)}} ").append(moved.spark(lens.most), PROMPT)
-        found.append(f"  {moved.probabilities[-1]:>3.0%}  ", "bold").append(_ranks(moved), DIM)
+        chance = moved.probabilities[-1]
+        found.append(f"  {chance:>3.0%}  " if chance == chance else "       ", "bold").append(_ranks(moved), DIM)
     return found
 
 
@@ -122,8 +124,8 @@ def _chosen(lens: Lens) -> list[tuple[str, tuple[Word, ...]]]:
 
 
 def _ranks(moved: Moved) -> str:
-    ranks = moved.ranks
-    if len(ranks) <= LAYERS:
-        return "rank " + " → ".join(map(str, ranks))
-    keep = sorted({round(i * (len(ranks) - 1) / (LAYERS - 2)) for i in range(LAYERS - 1)})
-    return "rank " + " → ".join(str(ranks[i]) for i in keep)
+    """Ranks at a few layers, the first and the last among them."""
+    ranks = [str(rank or "?") for rank in moved.ranks]
+    if len(ranks) > LAYERS:
+        ranks = [ranks[round(i * (len(ranks) - 1) / 3)] for i in range(4)]
+    return "rank " + " → ".join(ranks)

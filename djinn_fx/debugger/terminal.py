@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from djinn_fx.debugger.opening import Opening
-from djinn_fx.errors import DjinnError
 
 if TYPE_CHECKING:
     from djinn_fx.debugger.interpreter import Debugger
@@ -39,6 +38,7 @@ def converse(
     try:
         return _lines(opening, lines, prompt, max_new_tokens, echo, strict)
     except KeyboardInterrupt:
+        print("ended by Ctrl-C", file=sys.stderr)
         return ENDED
     except BrokenPipeError:  # whoever read what was written has gone, such as `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -52,7 +52,7 @@ def _lines(
     try:
         with console.status("opening") as status:
             dj, default = opening(status.update)
-    except (DjinnError, OSError) as error:
+    except Exception as error:  # whatever a model's own code raises
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return UNOPENED
     from djinn_fx.debugger.interpreter import Debugger

@@ -166,9 +166,9 @@ def test_what_cannot_be_opened_ends_the_program_with_its_reason() -> None:
     assert app.return_code == 2 and app.unopened == "OSError: no such model"
 
 
-def test_ctrl_c_stops_a_run_and_keeps_it(dj: djinn.Dj, monkeypatch: pytest.MonkeyPatch) -> None:
-    with dj.session() as s:
-        whole = s.generate(PROMPT, max_new_tokens=200).result().tokens.tolist()
+@pytest.fixture
+def long_step(dj: djinn.Dj, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Set in the middle of a run, in a step that takes until the run is asked to stop."""
     long_step, iterate = threading.Event(), dj.engine.iterate
 
     def slow(runs: list[djinn.Run]) -> list[djinn.Stop]:
@@ -181,23 +181,56 @@ def test_ctrl_c_stops_a_run_and_keeps_it(dj: djinn.Dj, monkeypatch: pytest.Monke
         return iterate(runs)
 
     monkeypatch.setattr(dj.engine, "iterate", slow)
+    return long_step
+
+
+async def begin(screen: Screen, long_step: threading.Event) -> None:
+    await screen.settled()
+    screen.app.query_one("#line", Input).value = "run"
+    await screen.pilot.press("enter")
+    for _ in range(400):
+        await screen.pilot.pause(0.005)
+        if long_step.is_set():
+            break
+
+
+def test_ctrl_c_stops_a_run_and_keeps_it(dj: djinn.Dj, long_step: threading.Event) -> None:
     app = DebuggerApp(lambda tell: (dj, PROMPT), None, 200)
 
     async def act(screen: Screen) -> None:
-        await screen.settled()
-        app.query_one("#line", Input).value = "run"
-        await screen.pilot.press("enter")
-        for _ in range(400):
-            await screen.pilot.pause(0.005)
-            if long_step.is_set():
-                break
+        await begin(screen, long_step)
         await screen.press("ctrl+c")
         assert app.debugger is not None
         assert "interrupted: stopped after" in screen.log
-        assert 20 < len(app.debugger.session.tokens) < len(whole) and not app.debugger.run.finished
+        assert len(app.debugger.session.tokens) == 21 and not app.debugger.run.finished
         assert app.debugger.stop.phase == "generated"
         await screen.say("continue")
-        assert app.debugger.session.tokens.tolist() == whole
+        tokens = app.debugger.session.tokens.tolist()
         await screen.say("quit")
+        with dj.session() as s:
+            assert s.generate(PROMPT, max_new_tokens=200).result().tokens.tolist() == tokens
 
     drive(app, act)
+
+
+def test_leaving_in_the_middle_of_a_run(long_step: threading.Event) -> None:
+    model, tokenizer = storyteller()
+    dj = djinn.compile(model, tokenizer=tokenizer, max_length=64, verify=False)
+    iterate = dj.engine.iterate
+
+    def slow(runs: list[djinn.Run]) -> list[djinn.Stop]:
+        long_step.set()
+        time.sleep(0.05)
+        return iterate(runs)
+
+    dj.engine.iterate = slow  # type: ignore[method-assign, assignment]
+    app = DebuggerApp(lambda tell: (dj, PROMPT), None, 40)
+
+    async def act(screen: Screen) -> None:
+        await begin(screen, long_step)
+        await screen.pilot.press("ctrl+q")
+
+    drive(app, act)
+    app.close()
+    with pytest.raises(djinn.SessionClosed):
+        dj.session()
