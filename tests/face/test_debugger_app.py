@@ -76,7 +76,7 @@ def test_lines_keys_and_panes(dj: djinn.Dj, size: tuple[int, int]) -> None:
         await screen.press("ctrl+l")
         await screen.say("run")
         site = screen.shown("#value")
-        for part in ("norm", "mean", "finite", "largest", "lens", "resid_post.3", "moved", "rank"):
+        for part in ("norm", "mean", "values", "largest", "lens", "resid_post.3", "moved", "rank"):
             assert part in site, part
         assert app.query_one("#site").border_title == "resid_post.1 · position 10 · prompt"
         assert screen.shown("#tokens").startswith("It was a grey morning")
