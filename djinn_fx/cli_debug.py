@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -20,20 +19,14 @@ def debug(
     strict: Annotated[bool, typer.Option("--strict", help="End a script at its first error.")] = False,
 ) -> None:
     """Debug a transformer: breakpoints, step, print, set, fork, diff, rewind."""
-    from djinn_fx.debugger.opening import open_model
+    from djinn_fx.debugger.opening import open_model, read_script
     from djinn_fx.debugger.terminal import converse
 
     try:
-        lines = None if script is None else _lines(script)
-        dj, default = open_model(model)
+        lines = None if script is None else read_script(script)
     except (DjinnError, OSError) as error:
         typer.echo(f"{type(error).__name__}: {error}", err=True)
         raise typer.Exit(2) from error
-    with dj:
-        code = converse(dj, lines, prompt or default, max_new_tokens, echo, strict)
+    code = converse(partial(open_model, model), lines, prompt, max_new_tokens, echo, strict)
     if code:
         raise typer.Exit(code)
-
-
-def _lines(script: str) -> list[str]:
-    return (sys.stdin.read() if script == "-" else Path(script).read_text(encoding="utf-8")).splitlines()

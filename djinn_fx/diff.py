@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from djinn_fx.dj import Dj
 from djinn_fx.errors import InvalidValue
 from djinn_fx.runtime.run import Run
@@ -17,8 +19,8 @@ class Place:
         position: absolute position, 0-based.
         tokens: the token of each run there; None where a run is shorter.
         best: the token that each run's logits make likeliest to come next; None where a run is shorter.
-        kl: KL divergence from the first run's next-token distribution to the second's, in nats; or
-            None where one is shorter.
+        kl: KL divergence from the first run's next-token distribution to the second's, in nats; NaN where the
+            logits of one are not finite, None where one is shorter.
     """
 
     position: int
@@ -61,10 +63,11 @@ class RunDiff:
 
 
 def diff(run_a: Run, run_b: Run, *, dj: Dj) -> RunDiff:
-    """Compare two runs, such as two forks of one.
+    """Compare two runs, such as two forks of one, as their sessions stand.
 
-    Logits are computed anew, by the unedited model on each run's tokens: they tell how far the texts took
-    the model apart, not what an edit did to the logits of the same tokens.
+    Logits are those of the sessions: with every edit and all steering as they acted, with the value at a stop. Where a
+    run kept its logits (``output_logits=True``, ``forward``) these are taken, else they are computed anew from the
+    session's own steps. So they tell what an edit did, also where the tokens are still the same.
 
     Args:
         run_a: the first run; finished or not.
@@ -73,7 +76,8 @@ def diff(run_a: Run, run_b: Run, *, dj: Dj) -> RunDiff:
 
     Raises:
         InvalidValue: a run is of another model, or has no tokens.
-        SessionClosed: the model was closed.
+        SessionClosed: the model or a session was closed.
+        SessionBusy: another thread is driving one of them.
     """
     for run in (run_a, run_b):
         if run.session.engine is not dj.engine:
@@ -81,23 +85,41 @@ def diff(run_a: Run, run_b: Run, *, dj: Dj) -> RunDiff:
     sides = [run.session.tokens for run in (run_a, run_b)]
     if not all(side.numel() for side in sides):
         raise InvalidValue("diff: a run has no tokens yet.")
-    logits = [dj(side).logits[0].float().log_softmax(-1) for side in sides]
+    logits = [_logits(dj, run).log_softmax(-1) for run in (run_a, run_b)]
     a, b = (tuple(side.tolist()) for side in sides)
     best = [side.argmax(-1).tolist() for side in logits]
+    shared = min(len(side) for side in logits)
+    gaps = _divergence(logits[0][:shared], logits[1][:shared]).tolist()
     common = min(len(a), len(b))
-    gaps = (logits[0][:common].exp() * (logits[0][:common] - logits[1][:common])).nan_to_num(0.0).sum(-1).clamp_min(0)
     apart = [i for i in range(common) if a[i] != b[i]]
     first = apart[0] if apart else None if len(a) == len(b) else common
     places = tuple(
         Place(
             i,
             (a[i] if i < len(a) else None, b[i] if i < len(b) else None),
-            (best[0][i] if i < len(a) else None, best[1][i] if i < len(b) else None),
-            float(gaps[i]) if i < common else None,
+            (best[0][i] if i < len(best[0]) else None, best[1][i] if i < len(best[1]) else None),
+            gaps[i] if i < shared else None,
         )
         for i in range(max(len(a), len(b)))
     )
     return RunDiff((a, b), first, places, _words(dj, {*a, *b, *best[0], *best[1]}))
+
+
+def _logits(dj: Dj, run: Run) -> torch.Tensor:
+    """The logits of a run's session, fp32 ``[positions, vocab]``; those that the run kept, where it did."""
+    logits = dj(run.session).logits[0].float()
+    kept = [record.logits for record in run.records if record.logits is not None]
+    if kept:
+        known = torch.cat(kept).float()
+        start = run.prompt_start if run.options.kind == "forward" else run.prompt_end - 1
+        logits[start : start + len(known)] = known
+    return logits
+
+
+def _divergence(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """KL divergence by position, of log probabilities ``[positions, vocab]``; what is impossible in ``a`` counts 0."""
+    likely = a.exp()
+    return torch.where(likely == 0, 0.0, likely * (a - b)).sum(-1).clamp_min(0)
 
 
 def _words(dj: Dj, tokens: set[int]) -> tuple[tuple[int, str], ...]:

@@ -94,6 +94,7 @@ class Dj(Looking, Keeping):
             options.prefill_chunk,
             options.max_length,
             source.windows,
+            options.edit_rank,
         )
 
     # -- sessions ------------------------------------------------------------------------------

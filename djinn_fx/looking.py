@@ -12,12 +12,20 @@ from djinn_fx.runtime.engine import Engine
 from djinn_fx.runtime.inputs import PromptBatch, prompt_batch
 from djinn_fx.runtime.observe import Hook, Observer, Sweep
 from djinn_fx.runtime.results import Cache, Output
+from djinn_fx.runtime.retell import retold, retold_step
+from djinn_fx.runtime.session import Session
+from djinn_fx.runtime.stop import Stop
 from djinn_fx.select import select_positions
 from djinn_fx.specs import Positions
 
 
 class Looking:
-    """What a compiled language model can be asked without a session.
+    """What a compiled language model can be asked without changing anything.
+
+    ``inputs`` are prompts, run by the unedited model; or one :class:`Session`, seen as it stands: its own steps run
+    again on scratch memory, one row at a time, with every edit and all steering as they acted, with the value at its
+    stop, and its last token forwarded. Or one :class:`Stop`: only the step in which the run stands, whole, whose tokens
+    are then all there is. Nothing of the session changes.
 
     Attributes:
         engine: the machine behind the model.
@@ -28,7 +36,10 @@ class Looking:
     observer: Observer
 
     def __call__(self, inputs: object) -> Output:
-        """Plain forward of one or many prompts; ``.logits`` is ``[B, T, vocab]`` in the layout given.
+        """Plain forward of one or many prompts, or of a session or stop as it stands.
+
+        Returns:
+            ``.logits``, ``[B, T, vocab]`` in the layout given.
 
         Raises:
             InvalidValue, CapacityError: a prompt that is empty, malformed or too long.
@@ -51,7 +62,7 @@ class Looking:
         """Forward one or many prompts and keep the values of sites, compiled in or not.
 
         Args:
-            inputs: one prompt or many.
+            inputs: one prompt or many; or a session, or a stop.
             sites: which values to keep.
             positions: which positions to keep; negative ints count from each prompt's end; None keeps all, in the
                 layout given.
@@ -109,7 +120,12 @@ class Looking:
 
         Returns:
             logits ``[B, T, vocab]`` or None.
+
+        Raises:
+            InvalidValue: hooks on a session or stop; or a hook that returned another shape or dtype.
         """
+        if isinstance(inputs, (Session, Stop)):
+            raise InvalidValue("run_with_hooks takes prompts; edit a session by session.steer or at its stops.")
         batch = self._batch(inputs)
         _require_trailing(batch, logits)
         hooks = [(site, fn) for name, fn in fwd_hooks for site in self.engine.table.select(name)]
@@ -131,6 +147,10 @@ class Looking:
     def first_nonfinite(self, inputs: object, sites: str | Iterable[str] = "*") -> tuple[str, tuple[Any, ...]] | None:
         """The first site, in execution order, with a NaN or an infinity; None if all is finite.
 
+        Args:
+            inputs: one prompt or many; or a session, or a stop.
+            sites: where to look.
+
         Returns:
             the site's name and the positions, ints for one prompt, ``(row, position)`` pairs for many.
         """
@@ -150,6 +170,10 @@ class Looking:
 
     def _batch(self, inputs: object) -> PromptBatch:
         self._alive()
+        if isinstance(inputs, Session):
+            return retold(self.engine, inputs)
+        if isinstance(inputs, Stop):
+            return retold_step(self.engine, inputs)
         return prompt_batch(inputs, self.engine.tokenizer, self.engine.options.vocab_size)
 
 

@@ -47,7 +47,7 @@ def cruise(engine: Engine, runs: Sequence[Run]) -> None:
     going = [True] * len(runs)
     while flying:
         with engine.lock:
-            if any(run.session.steering is not now for run, now in zip(runs, steering, strict=True)):
+            if any(run.halting or run.session.steering is not now for run, now in zip(runs, steering, strict=True)):
                 return
             left = _launch_more(loop, flying, left if all(going) else 0)
             tokens = flying.popleft().tokens()

@@ -192,7 +192,8 @@ def _seek(engine: Engine, run: Run) -> Stop | None:
     flight = run.flight
     if flight is None or (flight.values is None and flight.chunk is None):
         return None
-    ahead = [] if run.target is None and flight.passes else planner.watched(run, flight, flight.sites(engine.sites))
+    sure = run.target is None and not run.halting and flight.passes
+    ahead = [] if sure else planner.watched(run, flight, flight.sites(engine.sites))
     for site in ahead:
         if not _reach(engine, run, flight, site):
             return None
@@ -269,6 +270,7 @@ def deliver(engine: Engine, run: Run, site: Site, fired: Sequence[int]) -> Stop:
         value = flight.value(site).clone()
     stop = Stop(run, site, flight.step, value, fired)
     run.stand_at(stop)
+    run.interrupted = False
     return stop
 
 

@@ -11,7 +11,7 @@ from djinn_fx.errors import InternalError
 from djinn_fx.runtime.breakpoints import Answer
 from djinn_fx.runtime.executor import RowValues, StepValues
 from djinn_fx.runtime.stages import Chunk
-from djinn_fx.runtime.steps import Step
+from djinn_fx.runtime.steps import Steering, Step
 from djinn_fx.runtime.tables import acting, site_row
 from djinn_fx.sites import Site
 
@@ -87,13 +87,18 @@ class Flight:
         whole[0, : value.shape[0]] = value
         self.chunk.put({site.name: whole})
 
-    def steer(self, steering: object, sites: tuple[Site, ...]) -> None:
+    @property
+    def reached(self) -> int:
+        """Order of the last site that is behind the step already: new edits act at later ones."""
+        if self.chunk is None or not self.chunk.next_segment:
+            return self.passed
+        last = self.chunk.program.segments[self.chunk.next_segment - 1].site
+        return max(self.passed, last.order if last is not None else self.passed)
+
+    def steer(self, steering: Steering, sites: tuple[Site, ...]) -> None:
         """Let new edits act at the sites behind the one just passed."""
-        before, reached = self.step, self.passed
-        if self.chunk is not None and self.chunk.next_segment:
-            last = self.chunk.program.segments[self.chunk.next_segment - 1].site
-            reached = max(reached, last.order if last is not None else reached)
-        self.step = before.steered(reached, steering)  # type: ignore[arg-type]
+        before, reached = self.step, self.reached
+        self.step = before.steered(reached, steering)
         later = [site for site in sites if site.order > reached]
         if any(acting(before, site) is not acting(self.step, site) for site in later):
             self.values = None

@@ -12,6 +12,7 @@ from djinn_fx.errors import InvalidValue
 
 if TYPE_CHECKING:
     from djinn_fx.runtime.options import Tokenizer
+    from djinn_fx.runtime.steps import Step
 
 _FORMS = "a str, a list of ints, a LongTensor [T] or [1, T], or a mapping with 'input_ids'"
 
@@ -39,11 +40,15 @@ class PromptBatch:
         rows: tokens of each prompt.
         places: for each prompt, the column of each of its tokens.
         width: columns of the user's layout.
+        steps: where the one row is a session's: the steps in which it computed its tokens.
+        before: keys and values of each layer at the positions before those steps, ``[heads, positions, dim]``.
     """
 
     rows: list[list[int]]
     places: list[list[int]]
     width: int
+    steps: tuple[Step, ...] | None = None
+    before: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()
 
     def spread(self, values: Sequence[torch.Tensor]) -> torch.Tensor:
         """Rows ``[tokens, ...]`` put into the user's layout ``[B, width, ...]``, zeros at pads."""

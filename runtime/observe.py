@@ -7,21 +7,21 @@ site works, compiled in or not: a program with the wanted cuts is made for the c
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from djinn_fx.errors import CapacityError, InvalidValue
-from djinn_fx.program import LOGITS, KVSpec
+from djinn_fx.program import LOGITS, KVSpec, Program
 from djinn_fx.runtime.arena import KVArena
 from djinn_fx.runtime.inputs import PromptBatch
 from djinn_fx.runtime.programs import SMALLEST_CHUNK, ProgramCache, bucket
 from djinn_fx.runtime.segments import Env, run_segments
 from djinn_fx.runtime.steps import Step
-from djinn_fx.runtime.tables import BatchRow, site_row, step_inputs
+from djinn_fx.runtime.tables import BatchRow, site_row, steering_inputs, step_inputs, variant_for
 from djinn_fx.sites import Site, SiteTable
-from djinn_fx.specs import ProgramShape
+from djinn_fx.specs import ProgramShape, Variant
 
 #: A hook as TransformerLens calls it: ``fn(value, hook)``; a one-argument ``fn(value)`` works too.
 Hook = Callable[..., torch.Tensor | None]
@@ -69,6 +69,7 @@ class Observer:
         chunk: prompt tokens per program.
         max_length: longest prompt.
         windows: sliding window of each layer, None where it sees everything.
+        rank: directions an edit may have.
     """
 
     programs: ProgramCache
@@ -79,6 +80,7 @@ class Observer:
     chunk: int
     max_length: int
     windows: tuple[int | None, ...] = ()
+    rank: int = 0
 
     @torch.no_grad()
     def sweep(self, batch: PromptBatch, plan: Sweep, visit: Visit | None = None) -> list[torch.Tensor]:
@@ -91,11 +93,12 @@ class Observer:
                 f"a prompt has {max(lengths)} tokens, but the model was compiled for max_length={self.max_length}."
             )
         rows = bucket(len(lengths))
-        arena = KVArena(self._kv_until(plan.last), rows, max(lengths), self.dtype, self.device)
+        arena = self._arena(batch, plan, rows)
         logits: list[list[torch.Tensor]] = [[] for _ in lengths]
-        for start in range(0, max(lengths), plan.chunk):
-            steps = self._steps(batch, start, plan)
-            env = self._run(steps, arena, plan, visit)
+        cuts, variant = self._program_for(batch, plan)
+        for steps in self._chunks(batch, plan):
+            program = self.programs.get(steps[0].shape, variant, cuts)
+            env = self._run(program, steps, arena, plan, visit)
             if LOGITS not in env:
                 continue
             for index, step in enumerate(steps):
@@ -105,9 +108,35 @@ class Observer:
         kept = [torch.cat(parts) for parts in logits if parts]
         return [row[-plan.logits :] for row in kept] if plan.logits else kept
 
+    def _arena(self, batch: PromptBatch, plan: Sweep, rows: int) -> KVArena:
+        """A scratch arena for a batch, with what it is given of the positions before."""
+        longest = max([len(row) for row in batch.rows] + [step.stop for step in batch.steps or ()])
+        arena = KVArena(self._kv_until(plan.last), rows, longest, self.dtype, self.device)
+        for ours, given in zip(arena.layers, batch.before, strict=False):
+            for part, known in zip(ours, given, strict=True):
+                part[0, :, : known.shape[1]] = known
+        return arena
+
     def _kv_until(self, last: Site | None) -> Sequence[KVSpec]:
         """What the layers keep that run in a pass which ends behind a site."""
         return self.kv if last is None or last.layer is None else self.kv[: last.layer + 1]
+
+    def _chunks(self, batch: PromptBatch, plan: Sweep) -> Iterator[list[Step]]:
+        """What runs together, one after another: a session's own steps, or a chunk of every prompt."""
+        if batch.steps is not None:
+            yield from ([step] for step in batch.steps)
+            return
+        for start in range(0, max(len(row) for row in batch.rows), plan.chunk):
+            yield self._steps(batch, start, plan)
+
+    def _program_for(self, batch: PromptBatch, plan: Sweep) -> tuple[tuple[Site, ...], Variant]:
+        """Where the programs of a sweep are cut, and which variant has all that acts in the steps of a session."""
+        steps = batch.steps or ()
+        acting = {name for step in steps for name in step.injections}
+        acting.update(name for step in steps for _, edits in step.steering for name in edits)
+        cuts = {site.name: site for site in (*plan.sites, *map(self.table.get, acting))}
+        sites = tuple(sorted(cuts.values(), key=lambda site: site.order))
+        return sites, variant_for([BatchRow(0, step) for step in steps], sites)
 
     def _steps(self, batch: PromptBatch, start: int, plan: Sweep) -> list[Step]:
         width = min(plan.chunk, max(len(row) for row in batch.rows) - start)
@@ -128,11 +157,11 @@ class Observer:
             for row in batch.rows
         ]
 
-    def _run(self, steps: Sequence[Step], arena: KVArena, plan: Sweep, visit: Visit | None) -> Env:
-        shape = steps[0].shape
-        program = self.programs.get(shape, "plain", plan.sites)
+    def _run(self, program: Program, steps: Sequence[Step], arena: KVArena, plan: Sweep, visit: Visit | None) -> Env:
         rows = [BatchRow(index, step) for index, step in enumerate(steps)]
+        shape = program.shape
         env = step_inputs(rows, shape, arena.spare_row, self.device) | arena.env
+        env |= steering_inputs(rows, shape, program.variant, program.sites, self.dtype, self.device, self.rank)
         done = 0
         for site in plan.sites:
             segment = program.segment_of(site.name)

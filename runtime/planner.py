@@ -108,7 +108,7 @@ def decode_shape(count: int, options: EngineOptions) -> ProgramShape:
 def wants(run: Run) -> Wants:
     """What may be asked of the step that a run decodes, once it ran."""
     watching = not run.silent and any(point.left != 0 for point in run.breakpoints)
-    if run.capture or run.target is not None or watching:
+    if run.capture or run.target is not None or run.halting or watching:
         return "taps"
     return "logits" if run.options.output_logits or run.options.sampling.do_sample else "token"
 
@@ -177,7 +177,7 @@ def _ends(run: Run, options: EngineOptions) -> bool:
 def _stops(run: Run, sites: Sequence[Site]) -> bool:
     """Whether a run stops in the step in the air for sure."""
     flight = flight_of(run)
-    if run.target is not None:
+    if run.target is not None or run.halting:
         return bool(watched(run, flight, sites))
     if run.silent or not run.breakpoints:
         return False
@@ -192,10 +192,12 @@ def _next_step(run: Run, step: Step, shape: ProgramShape) -> Step:
 
 def watched(run: Run, flight: Flight, sites: Sequence[Site]) -> list[Site]:
     """The sites ahead at which the run may stop in this step, in execution order."""
-    if run.target is None and (run.silent or not run.breakpoints):
+    halting, target = run.halting, run.target
+    if target is None and not halting and (run.silent or not run.breakpoints):
         return []
     ahead = [site for site in sites if site.order > flight.passed]
-    target = run.target
+    if halting:
+        return ahead[:1]
     if target is not None:
         step = len(run.session.journal)
         due = [s for s in ahead if step > target.step or (step == target.step and s.order >= target.order)]
@@ -209,7 +211,7 @@ def fired(run: Run, flight: Flight, site: Site, values: Callable[[list[int]], to
     Each breakpoint that fires counts one delivered stop. Predicates are the user's code: no lock is held, and what
     they look at are copies, ``values`` of some tokens, which no other thread's step overwrites.
     """
-    if run.target is not None:
+    if run.target is not None or run.halting:
         return ()
     answers = flight.answers or {}
     found = [

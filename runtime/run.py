@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Literal
@@ -13,6 +13,7 @@ import torch
 
 from djinn_fx.errors import InvalidValue, SessionBusy, SessionClosed
 from djinn_fx.runtime.breakpoints import ArmedBreakpoint
+from djinn_fx.runtime.claims import claimed, quiet
 from djinn_fx.runtime.flight import Flight
 from djinn_fx.runtime.results import Cache, Result, StepRecord
 from djinn_fx.runtime.sampling import SamplingSpec, checked_seed
@@ -81,6 +82,7 @@ class Run:
         self.flight: Flight | None = None
         self.target: Target | None = None
         self.silent = False
+        self.interrupted = False
         self.finish_reason: str | None = None
         self.finished = False
         self.end: int | None = None  # where the next call's tokens begin
@@ -132,6 +134,20 @@ class Run:
         """A context in which the run passes over its breakpoints."""
         return quiet([self])
 
+    def interrupt(self) -> None:
+        """Ask the run to stop at the next compiled site that it comes to; callable from any thread and signal handler.
+
+        It returns at once and takes no lock. Who drives the run gets the stop, as that of a breakpoint; nothing of the
+        run is lost. A run that nobody drives stops so when it is next advanced. :meth:`result` and its like, which
+        pass over breakpoints, pass over this too.
+        """
+        self.interrupted = True
+
+    @property
+    def halting(self) -> bool:
+        """Whether it was asked to stop and will."""
+        return self.interrupted and not self.silent
+
     # -- state ---------------------------------------------------------------------------------
 
     @property
@@ -161,7 +177,7 @@ class Run:
 
     def finish(self, reason: str | None) -> None:
         """Mark the run finished."""
-        self.finished, self.finish_reason, self.flight = True, reason, None
+        self.finished, self.finish_reason, self.flight, self.interrupted = True, reason, None, False
         self.stand_at(None)
 
     def close(self) -> None:
@@ -305,42 +321,3 @@ class Run:
 
     def __reduce__(self) -> str | tuple[object, ...]:
         raise TypeError("a Run does not pickle; use session.checkpoint().save(path).")
-
-
-@contextmanager
-def claimed(runs: Sequence[Run]) -> Iterator[None]:
-    """Keep other threads from driving these runs; one thread may nest.
-
-    Raises:
-        SessionBusy: another thread drives one of them.
-    """
-    if not runs:
-        yield
-        return
-    with runs[0].session.engine.lock:
-        for run in runs:
-            if run.owner not in (None, threading.get_ident()):
-                run.require_still()
-        before = [run.owner for run in runs]
-        for run in runs:
-            run.owner = threading.get_ident()
-    try:
-        yield
-    finally:
-        for run, owner in zip(runs, before, strict=True):
-            run.owner = owner
-
-
-@contextmanager
-def quiet(runs: Sequence[Run]) -> Iterator[None]:
-    """While entered, runs pass over their breakpoints, and no other thread drives them."""
-    with claimed(runs):
-        for run in runs:
-            run.require_still()
-        for run in runs:
-            run.silent = True
-        try:
-            yield
-        finally:
-            for run in runs:
-                run.silent = False

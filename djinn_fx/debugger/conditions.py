@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from djinn_fx.debugger.expressions import ExpressionError, evaluate, parse
+from djinn_fx.debugger.bounds import Budget
+from djinn_fx.debugger.expressions import ExpressionError, evaluate, explain, parse
 
 #: Summaries of the activation by bare name, as Python on ``{h}``, one position's value.
 SUMMARIES: Mapping[str, str] = {
@@ -18,8 +19,14 @@ SUMMARIES: Mapping[str, str] = {
     "std": "{h}.float().std()",
 }
 
+#: Most elements of a result in a condition, where that is more than twice its ``h``: a prompt's positions are looked
+#: at all at once, so memory for hundreds of them is taken.
+MAX_AT_A_POSITION = 1 << 14
 
-def predicate(source: str) -> Callable[[torch.Tensor], torch.Tensor]:
+Predicate = Callable[[torch.Tensor], torch.Tensor]
+
+
+def predicate(source: str) -> Predicate:
     """A ``when=`` for :func:`djinn_fx.break_at`: one position's ``[hidden]`` to a 0-d bool, fit for ``vmap``.
 
     Raises:
@@ -36,12 +43,31 @@ def predicate(source: str) -> Callable[[torch.Tensor], torch.Tensor]:
             )
 
     def when(h: torch.Tensor) -> torch.Tensor:
-        answer = evaluate(tree, {"h": h, **summaries(tree, h)})
+        answer = evaluate(tree, {"h": h, **summaries(tree, h)}, _budget(h))
         if not isinstance(answer, torch.Tensor):
             return torch.full_like(h.flatten()[0], bool(answer), dtype=torch.bool)
-        return answer.bool() if answer.dim() == 0 else answer
+        return answer.bool()
 
     return when
+
+
+def predicate_python(source: str, h: torch.Tensor) -> str:
+    """The Python of :func:`predicate`, for values that are such as ``h``.
+
+    Raises:
+        ExpressionError: it fails on ``h``.
+    """
+    tree = parse(source)
+    python = {name: form.format(h="h") for name, form in SUMMARIES.items()}
+    answer, said = explain(tree, {"h": h, **summaries(tree, h)}, python, _budget(h))
+    if not isinstance(answer, torch.Tensor):
+        return f"lambda h: torch.full_like(h.flatten()[0], {said}, dtype=torch.bool)"
+    return f"lambda h: {said}" if answer.dtype == torch.bool else f"lambda h: ({said}).bool()"
+
+
+def _budget(h: torch.Tensor) -> Budget:
+    each = max(MAX_AT_A_POSITION, 2 * h.numel())
+    return Budget(each, 16 * each)
 
 
 def summaries(tree: ast.AST, h: torch.Tensor) -> dict[str, torch.Tensor]:

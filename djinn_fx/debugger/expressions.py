@@ -1,22 +1,28 @@
 """Expressions of the debugger: a whitelist over Python's syntax tree and torch; never ``eval``.
 
 An expression names ``h`` and a few things beside it, calls listed functions and tensor methods, indexes, computes and
-compares. :func:`translate` gives the Python line that means the same, which is what the debugger echoes.
+compares. What it means is what Python means, but that ``and``, ``or``, ``not`` and chained comparisons also take
+tensors. Beside its value an expression yields the Python that gives the same, which is what the debugger echoes.
 """
 
 from __future__ import annotations
 
 import ast
-import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from djinn_fx.debugger.bounds import Budget, Sized
+from djinn_fx.debugger.saying import Names, call_of, method_of, renamed
+from djinn_fx.debugger.whitelist import BINARY, COMPARE, FIELDS, FUNCTIONS, KEYWORDS, METHODS
 from djinn_fx.errors import InvalidValue
 
-MAX_SOURCE, MAX_NODES, MAX_ELEMENTS, MAX_NUMBER = 500, 200, 1 << 24, 1 << 63
+MAX_SOURCE, MAX_NODES, MAX_BITS = 500, 200, 64
+
+#: A value, and the Python that gives it.
+Found = tuple[Any, ast.expr]
 
 
 class ExpressionError(InvalidValue):
@@ -25,97 +31,6 @@ class ExpressionError(InvalidValue):
     def __init__(self, message: str, column: int) -> None:
         super().__init__(f"column {column}: {message}")
         self.column = column
-
-
-def _cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.cosine_similarity(a.float(), b.float(), dim=-1)
-
-
-#: Functions by name: what is called, and how Python says it.
-FUNCTIONS: Mapping[str, tuple[Callable[..., Any], str]] = {
-    "norm": (torch.linalg.vector_norm, "torch.linalg.vector_norm"),
-    "cosine": (_cosine, "torch.nn.functional.cosine_similarity"),
-    **{
-        name: (getattr(torch, name), f"torch.{name}")
-        for name in [
-            "abs",
-            "argmax",
-            "argmin",
-            "exp",
-            "isfinite",
-            "isnan",
-            "log",
-            "max",
-            "mean",
-            "median",
-            "min",
-            "sigmoid",
-            "sign",
-            "softmax",
-            "sqrt",
-            "std",
-            "sum",
-            "tanh",
-            "topk",
-            "var",
-        ]
-    },
-}
-METHODS = frozenset(
-    [
-        "abs",
-        "all",
-        "any",
-        "argmax",
-        "argmin",
-        "bool",
-        "clamp",
-        "clone",
-        "cumsum",
-        "dim",
-        "double",
-        "exp",
-        "flatten",
-        "float",
-        "isfinite",
-        "isinf",
-        "isnan",
-        "item",
-        "log",
-        "log_softmax",
-        "long",
-        "max",
-        "mean",
-        "median",
-        "min",
-        "norm",
-        "numel",
-        "relu",
-        "round",
-        "sigmoid",
-        "sign",
-        "size",
-        "softmax",
-        "sqrt",
-        "square",
-        "std",
-        "sum",
-        "t",
-        "tanh",
-        "topk",
-        "var",
-    ]
-)
-FIELDS = frozenset(("T", "mT", "dtype", "indices", "shape", "values"))
-KEYWORDS = frozenset(("dim", "keepdim", "k", "largest", "min", "max", "descending"))
-BINARY: Mapping[type[ast.operator], Callable[[Any, Any], Any]] = {
-    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow, ast.MatMult: operator.matmul,
-}  # fmt: skip
-COMPARE: Mapping[type[ast.cmpop], Callable[[Any, Any], Any]] = {
-    ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le,
-    ast.Gt: operator.gt, ast.GtE: operator.ge,
-}  # fmt: skip
 
 
 def parse(source: str) -> ast.expr:
@@ -138,176 +53,192 @@ def parse(source: str) -> ast.expr:
     return tree
 
 
-def evaluate(source: str | ast.expr, names: Mapping[str, Any]) -> Any:
-    """The value of an expression where ``names`` are what it may name.
+def evaluate(source: str | ast.expr, names: Mapping[str, Any], budget: Budget | None = None) -> Any:
+    """The value of an expression.
+
+    Args:
+        source: the expression.
+        names: what it may name.
+        budget: how large its results may be.
 
     Raises:
         ExpressionError: with the column.
     """
-    return _Evaluator(names).value(parse(source) if isinstance(source, str) else source)
+    return explain(source, names, {}, budget)[0]
+
+
+def explain(
+    source: str | ast.expr, names: Mapping[str, Any], python: Names, budget: Budget | None = None
+) -> tuple[Any, str]:
+    """The value of an expression, and the Python that gives it; ``python`` says how Python calls the names.
+
+    Raises:
+        ExpressionError: with the column.
+    """
+    tree = parse(source) if isinstance(source, str) else source
+    value, said = _Evaluator(names, python, budget or Budget()).value(tree)
+    return value, ast.unparse(ast.fix_missing_locations(said))
 
 
 class _Evaluator:
-    def __init__(self, names: Mapping[str, Any]) -> None:
-        self.names = names
+    def __init__(self, names: Mapping[str, Any], python: Names, budget: Budget) -> None:
+        self.names, self.python, self.budget = names, python, budget
 
-    def value(self, node: ast.AST) -> Any:
+    def value(self, node: ast.AST) -> Found:
         rule = getattr(self, f"_{type(node).__name__}", None)
         if rule is None:
             raise _refused(node, f"{type(node).__name__} is not allowed in an expression.")
         try:
-            return _checked(rule(node))
+            found: Found = rule(node)
+            return _checked(found[0]), found[1]
         except ExpressionError:
             raise
         except Exception as error:
-            raise _refused(
-                node, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            ) from None
+            first = (str(error).splitlines() or [""])[0]
+            raise _refused(node, f"{type(error).__name__}: {first}") from None
 
-    def _Constant(self, node: ast.Constant) -> Any:
-        if node.value is not None and not isinstance(node.value, (bool, int, float)):
-            raise _refused(node, "only numbers, True, False and None.")
-        return node.value
+    def number(self, node: ast.AST) -> Found:
+        """The value of a part that is computed with."""
+        value, said = self.value(node)
+        if isinstance(value, (bool, int, float, torch.Tensor)):
+            return value, said
+        raise _refused(node, f"arithmetic takes numbers and tensors, not {type(value).__name__}.")
 
-    def _Name(self, node: ast.Name) -> Any:
+    def _Constant(self, node: ast.Constant) -> Found:
+        if node.value is not None and node.value is not ... and not isinstance(node.value, (bool, int, float)):
+            raise _refused(node, "only numbers, True, False, None and `...`.")
+        return node.value, node
+
+    def _Name(self, node: ast.Name) -> Found:
         if node.id in self.names:
-            return self.names[node.id]
+            return self.names[node.id], renamed(node, self.python)
         raise _refused(node, f"unknown name {node.id!r}; known: {', '.join(sorted(self.names))}.")
 
-    def _Tuple(self, node: ast.Tuple | ast.List) -> Any:
-        return tuple(self.value(item) for item in node.elts)
+    def _Tuple(self, node: ast.Tuple) -> Found:
+        parts = [self.value(item) for item in node.elts]
+        return tuple(value for value, _ in parts), ast.Tuple([said for _, said in parts], ast.Load())
 
-    def _List(self, node: ast.List) -> Any:
-        return list(self._Tuple(node))
+    def _List(self, node: ast.List) -> Found:
+        parts = [self.value(item) for item in node.elts]
+        if not all(isinstance(value, int) for value, _ in parts):
+            raise _refused(node, "a list holds whole numbers, for an index.")
+        return [value for value, _ in parts], ast.List([said for _, said in parts], ast.Load())
 
-    def _Slice(self, node: ast.Slice) -> slice:
+    def _Slice(self, node: ast.Slice) -> Found:
         parts = [None if part is None else self.value(part) for part in (node.lower, node.upper, node.step)]
-        return slice(*parts)
+        values = [None if part is None else part[0] for part in parts]
+        return slice(*values), ast.Slice(*(None if part is None else part[1] for part in parts))
 
-    def _UnaryOp(self, node: ast.UnaryOp) -> Any:
-        value = _arithmetic(node, self.value(node.operand))
+    def _UnaryOp(self, node: ast.UnaryOp) -> Found:
+        value, said = self.number(node.operand)
         if isinstance(node.op, ast.Not):
-            return value.logical_not() if isinstance(value, torch.Tensor) else not value
+            if isinstance(value, torch.Tensor):
+                return self.budget.call(torch.logical_not, value), call_of("torch.logical_not", said)
+            return not value, ast.UnaryOp(node.op, said)
         if isinstance(node.op, ast.USub):
-            return -value
+            return self.budget.call(lambda x: -x, value), ast.UnaryOp(node.op, said)
         if isinstance(node.op, ast.UAdd):
-            return +value
+            return +value, ast.UnaryOp(node.op, said)
         raise _refused(node, "this operator is not allowed; for a negation write `not`.")
 
-    def _BinOp(self, node: ast.BinOp) -> Any:
-        left, right = (_arithmetic(node, self.value(side)) for side in (node.left, node.right))
+    def _BinOp(self, node: ast.BinOp) -> Found:
+        (left, left_said), (right, right_said) = self.number(node.left), self.number(node.right)
         if type(node.op) not in BINARY:
             raise _refused(node, "this operator is not allowed; for logic write `and`, `or`, `not`.")
-        if isinstance(node.op, ast.Pow) and not isinstance(left, torch.Tensor) and not isinstance(right, torch.Tensor):
-            return math.pow(left, right)  # floats overflow at once, where ints would grow without end
-        if isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor):
-            _require_small(node, left, right)
-        return BINARY[type(node.op)](left, right)
+        whole = isinstance(node.op, ast.Pow) and isinstance(left, int) and isinstance(right, int)
+        if whole and abs(left) > 1 and right * left.bit_length() > MAX_BITS:
+            raise _refused(node, "a whole number beyond 64 bits; write it as a float, such as 2.0**70.")
+        return self.budget.call(BINARY[type(node.op)], left, right), ast.BinOp(left_said, node.op, right_said)
 
-    def _Compare(self, node: ast.Compare) -> Any:
-        sides = [_arithmetic(node, self.value(side)) for side in (node.left, *node.comparators)]
-        result: Any = True
-        for op, left, right in zip(node.ops, sides, sides[1:], strict=False):
+    def _Compare(self, node: ast.Compare) -> Found:
+        sides = [self.number(side) for side in (node.left, *node.comparators)]
+        values, said = [value for value, _ in sides], [python for _, python in sides]
+        for op in node.ops:
             if type(op) not in COMPARE:
                 raise _refused(node, "`is` and `in` are not allowed.")
-            if isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor):
-                _require_small(node, left, right)
-            result = _both(result, COMPARE[type(op)](left, right))
-        return result
+        pairs = list(zip(node.ops, values, values[1:], strict=False))
+        made = [self.budget.call(COMPARE[type(op)], left, right) for op, left, right in pairs]
+        if len(made) == 1 or not any(isinstance(value, torch.Tensor) for value in made):
+            return all(made) if len(made) > 1 else made[0], ast.Compare(said[0], node.ops, said[1:])
+        result, python = made[0], _pair(node, said, 0)
+        for index, value in enumerate(made[1:], start=1):
+            result = self.budget.call(operator.and_, result, value)
+            python = ast.BinOp(python, ast.BitAnd(), _pair(node, said, index))
+        return result, python
 
-    def _BoolOp(self, node: ast.BoolOp) -> Any:
-        join = _both if isinstance(node.op, ast.And) else _either
-        values = [_arithmetic(node, self.value(part)) for part in node.values]
-        result = values[0]
-        for value in values[1:]:
-            if isinstance(result, torch.Tensor) and isinstance(value, torch.Tensor):
-                _require_small(node, result, value)
-            result = join(result, value)
-        return result
+    def _BoolOp(self, node: ast.BoolOp) -> Found:
+        result, said = self.number(node.values[0])
+        both = isinstance(node.op, ast.And)
+        for part in node.values[1:]:
+            if not isinstance(result, torch.Tensor) and bool(result) is not both:
+                said = ast.BoolOp(node.op, [said, renamed(part, self.python)])  # Python does not look at it either
+                continue
+            value, python = self.number(part)
+            if isinstance(result, torch.Tensor):
+                (result, said), (value, python) = _truth(result, said), _truth(value, python)
+                result = self.budget.call(operator.and_ if both else operator.or_, result, value)
+                said = ast.BinOp(said, ast.BitAnd() if both else ast.BitOr(), python)
+            else:
+                result, said = value, ast.BoolOp(node.op, [said, python])
+        return result, said
 
-    def _Subscript(self, node: ast.Subscript) -> Any:
-        base, index = self.value(node.value), self.value(node.slice)
+    def _Subscript(self, node: ast.Subscript) -> Found:
+        (base, said), (index, place) = self.value(node.value), self.value(node.slice)
         if not isinstance(base, (torch.Tensor, tuple, list)):
             raise _refused(node, "only tensors and tuples can be indexed.")
-        if isinstance(base, torch.Tensor):
-            for part in index if isinstance(index, tuple) else (index,):
-                if isinstance(part, (torch.Tensor, list)):
-                    count = part.numel() if isinstance(part, torch.Tensor) else len(part)
-                    if count * base.numel() // max(1, base.shape[0] if base.dim() else 1) > MAX_ELEMENTS:
-                        raise _refused(node, f"the result would have more than {MAX_ELEMENTS} elements.")
-        return base[index]
+        value = self.budget.index(base, index) if isinstance(base, torch.Tensor) else base[index]
+        return value, ast.Subscript(said, place, ast.Load())
 
-    def _Attribute(self, node: ast.Attribute) -> Any:
-        base = self.value(node.value)
+    def _Attribute(self, node: ast.Attribute) -> Found:
+        base, said = self.value(node.value)
         if node.attr not in FIELDS or not isinstance(base, (torch.Tensor, tuple)):
             raise _refused(node, f"no field {node.attr!r} here; fields: {', '.join(sorted(FIELDS))}.")
-        return getattr(base, node.attr)
+        return getattr(base, node.attr), ast.Attribute(said, node.attr, ast.Load())
 
-    def _Call(self, node: ast.Call) -> Any:
+    def _Call(self, node: ast.Call) -> Found:
         arguments = [self.value(item) for item in node.args]
         for keyword in node.keywords:
             if keyword.arg not in KEYWORDS:
                 raise _refused(keyword.value, f"keywords: {', '.join(sorted(KEYWORDS))}.")
-        options = {str(keyword.arg): self.value(keyword.value) for keyword in node.keywords}
+        named = {str(keyword.arg): self.value(keyword.value) for keyword in node.keywords}
+        values, options = [value for value, _ in arguments], {name: value for name, (value, _) in named.items()}
+        said = [python for _, python in arguments], {name: python for name, (_, python) in named.items()}
         if isinstance(node.func, ast.Attribute):
-            base = self.value(node.func.value)
-            if node.func.attr not in METHODS or not isinstance(base, torch.Tensor):
-                raise _refused(node.func, f"no method {node.func.attr!r} here; methods: {', '.join(sorted(METHODS))}.")
-            return getattr(base, node.func.attr)(*arguments, **options)
-        if isinstance(node.func, ast.Name):
-            if node.func.id in FUNCTIONS:
-                _require_small(node, *(a for a in arguments[:2] if isinstance(a, torch.Tensor)))
-                return FUNCTIONS[node.func.id][0](*arguments, **options)
-            found = self.names.get(node.func.id)
-            if callable(found) and not isinstance(found, torch.Tensor):
-                return found(*arguments, **options)
+            base, python = self.value(node.func.value)
+            method = node.func.attr
+            if method not in METHODS or not isinstance(base, torch.Tensor):
+                raise _refused(node.func, f"no method {method!r} here; methods: {', '.join(sorted(METHODS))}.")
+            called = getattr(torch.Tensor, method)
+            return self.budget.call(called, base, *values, **options), method_of(python, method, *said)
+        name = node.func.id if isinstance(node.func, ast.Name) else ""
+        if name in FUNCTIONS:
+            function, form = FUNCTIONS[name]
+            return self.budget.call(function, *values, **options), call_of(form, *said[0], **said[1])
+        found = self.names.get(name)
+        if isinstance(found, Sized):
+            return self.budget.call(found, *values, **options), call_of(
+                self.python.get(name, name), *said[0], **said[1]
+            )
         raise _refused(node.func, f"not a function; functions: {', '.join(sorted(FUNCTIONS))}.")
+
+
+def _pair(node: ast.Compare, said: list[ast.expr], index: int) -> ast.expr:
+    return ast.Compare(said[index], [node.ops[index]], [said[index + 1]])
+
+
+def _truth(value: Any, said: ast.expr) -> Found:
+    """A value as true or false."""
+    if isinstance(value, torch.Tensor):
+        return (value, said) if value.dtype == torch.bool else (value.bool(), method_of(said, "bool", [], {}))
+    return (value, said) if isinstance(value, bool) else (bool(value), call_of("bool", said))
 
 
 def _refused(node: ast.AST, message: str) -> ExpressionError:
     return ExpressionError(message, getattr(node, "col_offset", 0) + 1)
 
 
-def _arithmetic(node: ast.AST, value: Any) -> Any:
-    if isinstance(value, (bool, int, float, torch.Tensor)):
-        return value
-    raise _refused(node, f"arithmetic takes numbers and tensors, not {type(value).__name__}.")
-
-
 def _checked(value: Any) -> Any:
-    """The value, unless it is a whole number that has grown beyond 64 bits or a tensor beyond the limit."""
-    if isinstance(value, int) and abs(value) > MAX_NUMBER:
+    """The value, unless it is a whole number that has grown beyond 64 bits."""
+    if isinstance(value, int) and value.bit_length() > MAX_BITS:
         raise ValueError("a whole number beyond 64 bits; write it as a float.")
-    if isinstance(value, torch.Tensor) and value.numel() > MAX_ELEMENTS * 4:
-        raise ValueError("a tensor too large to look at; index it first.")
     return value
-
-
-def _require_small(node: ast.AST, *tensors: torch.Tensor) -> None:
-    """Raise where what two tensors make together is too large; matrix products count as if all were kept."""
-    if len(tensors) < 2:
-        return
-    left, right = tensors
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.MatMult):
-        rows = left.shape[:-1].numel() if left.dim() > 1 else 1
-        size = rows * (right.numel() // right.shape[-2] if right.dim() > 1 and right.shape[-2] else 1)
-    else:
-        size = torch.broadcast_shapes(left.shape, right.shape).numel()
-    if size > MAX_ELEMENTS:
-        raise _refused(node, f"the result would have {size} elements; at most {MAX_ELEMENTS}.")
-
-
-def _both(left: Any, right: Any) -> Any:
-    if isinstance(left, torch.Tensor) or isinstance(right, torch.Tensor):
-        return _bool(left) & _bool(right)
-    return bool(left) and bool(right)
-
-
-def _either(left: Any, right: Any) -> Any:
-    if isinstance(left, torch.Tensor) or isinstance(right, torch.Tensor):
-        return _bool(left) | _bool(right)
-    return bool(left) or bool(right)
-
-
-def _bool(value: Any) -> Any:
-    return value.bool() if isinstance(value, torch.Tensor) else bool(value)

@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
-import threading
+import sys
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from djinn_fx import __version__
 from djinn_fx.debugger import commands, shows
-from djinn_fx.debugger.conditions import summaries
+from djinn_fx.debugger.bounds import Sized
+from djinn_fx.debugger.conditions import SUMMARIES, summaries
 from djinn_fx.debugger.expressions import ExpressionError, parse
+from djinn_fx.debugger.points import Point
 from djinn_fx.dj import Dj
 from djinn_fx.errors import DjinnError
 from djinn_fx.runtime.run import Run
 from djinn_fx.runtime.session import Session
 from djinn_fx.runtime.stop import Stop
-from djinn_fx.specs import Breakpoint, break_at
+from djinn_fx.specs import Breakpoint
 
 
 class CommandError(DjinnError):
     """A command that cannot be carried out; the message says what to write instead."""
-
-
-@dataclass(frozen=True)
-class Point:
-    """A breakpoint of the debugger: what it is, and the command that made it."""
-
-    spec: Breakpoint
-    text: str
-    python: str
 
 
 @dataclass
@@ -43,12 +39,13 @@ class Debugger:
         prompt: what ``run`` runs where it is given nothing.
         max_new_tokens: tokens that a run generates at most.
         echo: whether the Python that a command stands for is written before its output, as ``>>> line``.
-        interruptible: whether runs may be stopped by :meth:`interrupt`.
         sessions: sessions by number: the run's own is 1, its forks follow; None where one was closed.
         current: number of the session that commands act on; 0 before the first run.
         points: breakpoints by number.
         history: the lines so far.
         done: whether ``quit`` was said.
+        made: how many breakpoints were ever made.
+        asked: whether the run that was last driven was asked to stop.
     """
 
     dj: Dj
@@ -56,14 +53,14 @@ class Debugger:
     prompt: str = ""
     max_new_tokens: int = 40
     echo: bool = False
-    interruptible: bool = False
     sessions: dict[int, Session] = field(default_factory=dict)
     current: int = 0
     points: dict[int, Point] = field(default_factory=dict)
     history: list[str] = field(default_factory=list)
     done: bool = False
     made: int = 0
-    wish: threading.Event = field(default_factory=threading.Event)
+    asked: bool = False
+    _going: Run | None = field(default=None, repr=False)
 
     # -- lines ---------------------------------------------------------------------------------
 
@@ -78,8 +75,10 @@ class Debugger:
             commands.find(word).act(self, rest.strip())
         except ExpressionError as error:
             self.write(f"error: {error}")
-        except (DjinnError, OSError, ValueError, RuntimeError, TypeError, KeyError, IndexError) as error:
+        except (DjinnError, OSError, torch.OutOfMemoryError) as error:
             self.write(f"error: {type(error).__name__}: {error}")
+        except Exception as error:
+            self.write(_unforeseen(error))
         else:
             return True
         return False
@@ -143,14 +142,19 @@ class Debugger:
         h = stop.value.detach()
         fixed = {
             "h": h, "tokens": stop.tokens, "position": stop.position, "layer": stop.layer, "width": h[-1].numel(),
-            "unembed": self.dj.unembed,
+            "unembed": Sized(self.dj.unembed, self._unembedded),
         }  # fmt: skip
         return {**fixed, **(summaries(parse(source), h[-1]) if source else {})}
+
+    def _unembedded(self, h: torch.Tensor) -> int:
+        """Elements of the logits of some residuals."""
+        return h.numel() // max(1, h.shape[-1] if h.dim() else 1) * self.dj.engine.options.vocab_size
 
     def python_names(self) -> dict[str, str]:
         """How Python says :meth:`names`."""
         at = f"stop{self.current}"
-        return {
+        summary = {name: form.format(h=f"{at}.value[-1]") for name, form in SUMMARIES.items()}
+        return summary | {
             "h": f"{at}.value", "tokens": f"{at}.tokens", "position": f"{at}.position", "layer": f"{at}.layer",
             "width": f"{at}.value[-1].numel()", "unembed": "dj.unembed",
         }  # fmt: skip
@@ -158,13 +162,12 @@ class Debugger:
     # -- acts shared by commands ---------------------------------------------------------------
 
     def specs(self) -> list[Breakpoint]:
-        """The breakpoints in force, and the one that :meth:`interrupt` fires."""
-        own = [point.spec for point in self.points.values()]
-        return own if not self.interruptible else [*own, break_at(self.dj.compiled_sites[-1], when=self._wished)]
+        """The breakpoints in force."""
+        return [point.spec for point in self.points.values() if point.enabled]
 
     def specs_python(self) -> str:
         """The breakpoints in force, as a Python list."""
-        return f"[{', '.join(point.python for point in self.points.values())}]"
+        return f"[{', '.join(point.python for point in self.points.values() if point.enabled)}]"
 
     def watch(self) -> None:
         """Put the breakpoints in force at every session."""
@@ -172,12 +175,26 @@ class Debugger:
             session.watch(self.specs())
             self.say_python(f"s{number}.watch({self.specs_python()})")
 
-    def interrupt(self) -> None:
-        """Stop the current run at its next step; callable from any thread."""
-        self.wish.set()
+    def drive(self, go: Callable[[], Stop | None]) -> Stop | None:
+        """Let the current run go on; while it goes, :meth:`interrupt` stops it."""
+        self.asked, self._going = False, self.run
+        try:
+            return go()
+        finally:
+            self._going = None
 
-    def _wished(self, h: torch.Tensor) -> torch.Tensor:
-        return torch.full_like(h.flatten()[0], self.wish.is_set(), dtype=torch.bool)
+    def interrupt(self) -> bool:
+        """Stop the run that goes at its next step; callable from any thread and signal handler.
+
+        Returns:
+            whether one goes that was not asked before.
+        """
+        run = self._going
+        if run is None or self.asked:
+            return False
+        self.asked = True
+        run.interrupt()
+        return True
 
     def close_sessions(self) -> None:
         """Close every session."""
@@ -187,9 +204,20 @@ class Debugger:
         self.current = 0
 
     def arrived(self, stop: Stop | None) -> None:
-        """Write where the current run stands."""
-        self.wish.clear()
-        self.write(shows.finished(self.run) if stop is None else shows.stopped(stop, self.dj))
+        """Write where the current run stands, and why; a temporary breakpoint that was hit goes."""
+        if stop is None:
+            self.write(shows.finished(self.run))
+            return
+        hit = [number for number, point in self.points.items() if point.held(stop)]
+        for number in hit:
+            self.points[number].hits += 1
+        names = f"breakpoint{'s' * (len(hit) > 1)} {', '.join(map(str, hit))}: " if hit else ""
+        self.write((names or ("interrupted: " if self.asked else "")) + shows.stopped(stop, self.dj))
+        gone = [number for number in hit if self.points[number].temporary]
+        for number in gone:
+            del self.points[number]
+        if gone:
+            self.watch()
 
     def adopt(self, stops: Sequence[Stop]) -> list[int]:
         """Number the sessions of some forks."""
@@ -197,3 +225,15 @@ class Debugger:
         for number, stop in enumerate(stops, start=first):
             self.sessions[number] = stop.session
         return list(range(first, first + len(stops)))
+
+
+def _unforeseen(error: Exception) -> str:
+    """What is said of an error that should have been another one: enough for a report."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "djinn_fx" in frame.filename] or list(frames)
+    where = f"{Path(own[-1].filename).name}:{own[-1].lineno}" if own else "?"
+    return (
+        f"error: {type(error).__name__}: {error}\n"
+        "This is a defect of djinn-fx; nothing else was lost. Please report it: these lines, what `history` shows, "
+        f"and djinn-fx {__version__}, torch {torch.__version__}, Python {sys.version.split()[0]}, {where}."
+    )

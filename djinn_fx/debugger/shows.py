@@ -1,4 +1,4 @@
-"""What the debugger writes about stops, runs and lenses: plain text."""
+"""What the debugger writes about stops, runs, sites and values: plain text."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from djinn_fx import render
 from djinn_fx.dj import Dj
 from djinn_fx.runtime.run import Run
 from djinn_fx.runtime.stop import Stop
+from djinn_fx.sites import Site
+from djinn_fx.specs import Edit
 
 
 def token_text(dj: Dj, token: int) -> str:
@@ -26,9 +28,52 @@ def stopped(stop: Stop, dj: Dj) -> str:
 def numbers(h: torch.Tensor) -> str:
     """Norm, mean, extremes and non-finite values of one position's activation."""
     flat = h.detach().float().cpu().flatten()
-    bad = int((~torch.isfinite(flat)).sum())
-    flag = f"  NON-FINITE {bad}" if bad else ""
+    bad = nonfinite(flat)
+    flag = f"  {bad}" if bad else ""
     return f"norm {flat.norm():.2f}  mean {flat.mean():+.3f}  min {flat.min():+.2f}  max {flat.max():+.2f}{flag}"
+
+
+def nonfinite(flat: torch.Tensor) -> str:
+    """How many values are NaN or infinite; nothing where none is."""
+    nans, infs = int(flat.isnan().sum()), int(flat.isinf().sum())
+    return "  ".join(f"{count} {name}" for count, name in ((nans, "NaN"), (infs, "Inf")) if count)
+
+
+def neurons(h: torch.Tensor, count: int = 5) -> str:
+    """A histogram of one position's activation, and its largest values by index."""
+    flat = h.detach().float().cpu().flatten()
+    return f"{render.histogram(flat)}\nlargest  " + "  ".join(f"{i}: {v:+.2f}" for i, v in largest(flat, count))
+
+
+def largest(flat: torch.Tensor, count: int) -> list[tuple[int, float]]:
+    """Index and value of the values that are largest in size."""
+    top = flat.abs().nan_to_num(float("inf")).topk(min(count, flat.numel())).indices.tolist()
+    return [(i, float(flat[i])) for i in top]
+
+
+def site(place: Site, dj: Dj) -> str:
+    """A site: its shape, its other names, and whether runs can stop there."""
+    shape = ", ".join(map(str, place.feature_shape))
+    dtype = str(place.dtype or dj.engine.dtype).removeprefix("torch.")
+    compiled = "compiled in" if place.name in dj.compiled_sites else "not compiled in; `break` compiles it in"
+    names = f"\nalso {', '.join(place.aliases)}" if place.aliases else ""
+    return f"{place.name}  [tokens, {shape}] {dtype}  {place.module or ''}  {compiled}{names}"
+
+
+def edit(what: Edit) -> str:
+    """An edit in a line."""
+    parts = []
+    if isinstance(what.scale, torch.Tensor):
+        parts.append(f"scale {tuple(what.scale.shape)}")
+    elif what.scale != 1.0:
+        parts.append(f"scale {what.scale:g}")
+    if what.add is not None:
+        parts.append(f"add, norm {what.add.float().norm():.2f}")
+    if what.ablate is not None:
+        parts.append("ablate")
+    if what.feature is not None:
+        parts.append("feature")
+    return "  ".join([*parts, f"strength {what.strength:g}"])
 
 
 def finished(run: Run) -> str:
@@ -39,29 +84,20 @@ def finished(run: Run) -> str:
 
 def value(thing: Any) -> str:
     """A value in at most a few lines; large tensors by shape and summary."""
+    if isinstance(thing, tuple) and any(isinstance(part, torch.Tensor) for part in thing):
+        return "\n".join(value(part) for part in thing[:8])
     if not isinstance(thing, torch.Tensor):
         return str(thing)
     if thing.numel() == 1:
         return f"{thing.item():.6g}" if thing.dtype.is_floating_point else str(thing.item())
     if thing.numel() <= 16:
-        return str(thing.tolist())
+        return _listed(thing.tolist())
     kind = f"{tuple(thing.shape)} {str(thing.dtype).removeprefix('torch.')}"
     return f"{kind}  {numbers(thing)}\n{render.histogram(thing.float().flatten())}"
 
 
-def lens(dj: Dj, stop: Stop, count: int = 3) -> str:
-    """The logit lens at the stop, and at every layer for the same tokens run plainly."""
-    tokenizer: Any = dj.engine.tokenizer
-
-    def words(h: torch.Tensor) -> str:
-        if tokenizer is None:
-            best = dj.unembed(h).float().softmax(-1).topk(count)
-            return "  ".join(f"{int(i)} {float(p):.0%}" for p, i in zip(best.values, best.indices, strict=True))
-        return "  ".join(f"{word!r} {p:.0%}" for word, p in render.top_tokens(h, tokenizer, dj.unembed, count))
-
-    cache = dj.run_with_cache(stop.tokens, "resid_post", positions=-1, logits=False)[1]
-    lines = [f"{name:>14}  {words(value.flatten(0, -2)[-1])}" for name, value in cache.items()]
-    here = stop.value[-1]
-    if stop.place.role in ("resid_pre", "resid_mid", "resid_post"):
-        lines.append(f"{'here':>14}  {words(here)}")
-    return "\n".join(lines)
+def _listed(thing: Any) -> str:
+    """Nested lists of numbers; floats to six digits."""
+    if isinstance(thing, list):
+        return f"[{', '.join(_listed(part) for part in thing)}]"
+    return f"{thing:.6g}" if isinstance(thing, float) else str(thing)

@@ -169,16 +169,7 @@ def trace_of(what: Subject, choice: Choice, stop_after: str | None = None) -> Tr
         raise InvalidValue(f"no pass {stop_after!r}; {hint}the passes are {', '.join(PASSES)}.")
     shape = (choice.shape.rows, choice.shape.query, choice.shape.keep)
     try:
-        records = passes_of(
-            what.source,
-            choice.shape,
-            sites=choice.selected(what.table),
-            variant=choice.variant,
-            rank=choice.rank,
-            arenas=what.arenas,
-            store=what.store,
-            stop_after=stop_after,
-        )
+        records = passes_of(what.source, choice.shape, stop_after=stop_after, **_request(what, choice))
     except PassFailed as failed:
         found = failed.trace
         return Trace(what.name, shape, choice.variant, found.records, versions(), found.failure)
@@ -187,16 +178,18 @@ def trace_of(what: Subject, choice: Choice, stop_after: str | None = None) -> Tr
 
 def program_of(what: Subject, choice: Choice, lower: Lower = lower_eager) -> Program:
     """The program itself, to be run."""
-    return build(
-        what.source,
-        choice.shape,
-        sites=choice.selected(what.table),
-        variant=choice.variant,
-        rank=choice.rank,
-        arenas=what.arenas,
-        lower=lower,
-        store=what.store,
-    )
+    return build(what.source, choice.shape, lower=lower, **_request(what, choice))
+
+
+def _request(what: Subject, choice: Choice) -> dict[str, Any]:
+    """What the passes are told beside the model and the shape."""
+    return {
+        "sites": choice.selected(what.table),
+        "variant": choice.variant,
+        "rank": choice.rank,
+        "arenas": what.arenas,
+        "store": what.store,
+    }
 
 
 def trace_of_program(name: str, program: Program) -> Trace:

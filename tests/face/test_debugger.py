@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import djinn_fx as djinn
 from djinn_fx.bundled import storyteller
 from djinn_fx.cli import app
-from djinn_fx.debugger.commands import COMMANDS, complete
+from djinn_fx.debugger.commands import COMMANDS, again, complete, find
 from djinn_fx.debugger.interpreter import Debugger
 
 PROMPT = "It was a grey morning, and Mara felt sad."
@@ -59,40 +56,9 @@ def test_commands_do_what_the_api_does(dj: djinn.Dj, debugger: Debugger) -> None
         assert torch.equal(run.result().tokens, debugger.run.tokens)
 
 
-def test_the_echoed_lines_put_together_do_the_same(dj: djinn.Dj, debugger: Debugger, tmp_path: Path) -> None:
-    out: list[str] = []
-    debugger.write = out.append
-    debugger.echo = True
-    save_file({"d": torch.ones(dj.sites.get("resid_post.1").width)}, tmp_path / "d.safetensors")
-    script = [
-        "break resid_post.1 if norm > 5 and not mean > 9", "break resid_post.2 times 2", "run", "print norm",
-        "fork 2", "switch 2", "set h[-1, 3] += norm * 2", f"steer resid_post.1 add {tmp_path}/d.safetensors 0.5",
-        "continue", "unsteer resid_post.1", "delete 1", "continue", "continue", "switch 1", "delete", "set h = -h",
-        "step", "continue", "rewind 14 resid_post.1", "set h /= 2", "lens", f"save {tmp_path}/a.safetensors",
-        f"load {tmp_path}/a.safetensors", "continue", "diff 1 2", "nan",  "sites", "tokens",
-    ]  # fmt: skip
-    assert debugger.run_script(script) == 0, "\n".join(out)
-    wanted = {number: session.tokens.tolist() for number, session in debugger.sessions.items()}
-    printed = [line for line in out if line.startswith("tokens part")]
-    debugger.close_sessions()
-
-    import safetensors.torch
-
-    space: dict[str, object] = {"dj": dj, "djinn": djinn, "torch": torch, "safetensors": safetensors}
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):
-        exec("\n".join(line[4:] for line in out if line.startswith(">>> ")), space)
-    sessions = {number: space[f"s{number}"] for number in wanted}
-    assert {number: s.tokens.tolist() for number, s in sessions.items() if isinstance(s, djinn.Session)} == wanted
-    assert printed[0] in said.getvalue()
-    for session in sessions.values():
-        assert isinstance(session, djinn.Session)
-        session.close()
-
-
 def test_errors_say_what_to_do_and_lose_nothing(debugger: Debugger, out: list[str]) -> None:
     wrong = [
-        "print h", "step", "frobnicate", "s", "break nowhere.3", "break resid_post.1 if layer > 1", "break",
+        "print h", "step", "frobnicate", "st", "break nowhere.3", "break resid_post.1 if layer > 1", "break",
     ]  # fmt: skip
     assert [debugger.execute(line) for line in wrong] == [False] * 6 + [True]
     assert out[-1] == "no breakpoints"
@@ -121,11 +87,111 @@ def test_a_site_not_compiled_in_is_compiled_when_asked_for(debugger: Debugger, d
     assert debugger.stop.site == "mlp_out.1" and "mlp_out.1" in dj.compiled_sites
 
 
-def test_an_interrupt_stops_at_the_next_step_and_keeps_the_run(debugger: Debugger) -> None:
-    debugger.interruptible = True
-    debugger.interrupt()
-    assert debugger.execute("run") and debugger.stop.phase == "prompt"
+def test_a_temporary_breakpoint_goes_once_it_was_hit(debugger: Debugger, out: list[str]) -> None:
+    assert (
+        debugger.run_script(["tbreak resid_post.1", "break resid_post.3 if norm > 1e9", "run", "info breakpoints"]) == 0
+    )
+    assert "breakpoint 1: stopped after resid_post.1" in "\n".join(out)
+    assert list(debugger.points) == [2] and "keep  on   resid_post.3 if norm > 1e9" in out[-1]
+    assert debugger.execute("fork") and debugger.execute("switch 2")  # gone for forks too
     assert debugger.execute("continue") and debugger.run.finished
+
+
+def test_breakpoints_are_disabled_enabled_and_counted(debugger: Debugger, out: list[str]) -> None:
+    script = ["b resid_post.1", "b resid_post.2 if h[0] > 1e9", "r", "c", "i b", "disable 1", "i b", "c"]
+    assert debugger.run_script(script) == 0
+    assert "1   keep  on   resid_post.1  hit 2 times\n2   keep  on   resid_post.2 if h[0] > 1e9" in "\n".join(out)
+    assert "1   keep  off  resid_post.1  hit 2 times" in "\n".join(out)
+    assert debugger.run.finished
+    assert debugger.execute("rewind 12") and debugger.execute("enable") and debugger.execute("continue")
+    assert debugger.stop.site == "resid_post.1"
+    for wrong in (
+        "enable 7",
+        "disable x",
+        "delete 1 9",
+        "tbreak",
+        "info",
+        "info nothing",
+        "break resid_post.1 if h[999]",
+    ):
+        assert not debugger.execute(wrong), wrong
+    assert list(debugger.points) == [1, 2]
+    assert debugger.execute("delete 1 2") and not debugger.points
+
+
+def test_info_tells_of_sessions_sites_and_edits(debugger: Debugger, out: list[str]) -> None:
+    debugger.run_script(["b resid_post.1", "r", "steer resid_post.2 scale 0.5", "fork", "i s"])
+    assert "*1  at resid_post.1, position 10  steered: resid_post.2" in out[-1] and " 2  at resid_post.1" in out[-1]
+    assert debugger.execute("info edits") and out[-1] == "resid_post.2  scale 0.5  strength 1"
+    assert debugger.execute("info site")
+    assert "resid_post.1  [tokens, 128] float32" in out[-1] and "breakpoints 1" in out[-1] and "largest  " in out[-1]
+    assert debugger.execute("i si blocks.0.hook_mlp_out") and "mlp_out.0" in out[-1] and "not compiled in" in out[-1]
+
+
+def test_short_forms_steps_and_what_an_empty_line_repeats(debugger: Debugger) -> None:
+    assert debugger.run_script(["tb resid_post.0", "r", "s 2"]) == 0
+    third = debugger.dj.compiled_sites[2]
+    assert (debugger.stop.site, debugger.stop.position) == (third, 10)
+    assert debugger.run_script(["n 3", "p position"]) == 0
+    assert (debugger.stop.site, debugger.stop.position) == (third, 13)
+    assert again(debugger.history) == ""
+    assert debugger.execute("n") and again(debugger.history) == "n"
+    assert again([]) == "" and again(["frobnicate"]) == ""
+    assert debugger.execute("next 99") and debugger.run.finished
+    assert not debugger.execute("s 0") and not debugger.execute("s x")
+
+
+def test_help_gives_an_example_of_each_command_that_can_be_read(debugger: Debugger, out: list[str]) -> None:
+    for command in COMMANDS:
+        assert debugger.execute(f"help {command.name}")
+        assert command.examples and all(f"    {example}" in out[-1] for example in command.examples)
+        assert all(find(example.split()[0]) is command for example in command.examples)
+    assert debugger.execute("h b") and "(short: b)" in out[-1]
+
+
+def test_diff_nan_and_lens_see_the_session_as_it_is(debugger: Debugger, out: list[str]) -> None:
+    debugger.run_script(["b resid_post.1 times 1", "r", "fork", "set h[-1] *= -3", "lens"])
+    edited = out[-1]
+    debugger.run_script(["switch 2", "lens", "diff 1 2"])
+    assert edited != out[-3] and edited.splitlines()[0] == out[-3].splitlines()[0]
+    rows = out[-1].splitlines()
+    assert rows[0] == "same tokens" and float(rows[-1].split()[-1]) > 0.01 and float(rows[-2].split()[-1]) == 0
+    assert debugger.execute("nan") and out[-1] == "all finite"
+    assert debugger.execute("set h[-1, 3] /= 0") and debugger.execute("nan")
+    assert out[-1] == "first non-finite: resid_post.1, position 10"
+    assert debugger.execute("lens") and "not finite" in out[-1]
+    assert debugger.execute("diff 1 2") and out[-1].split()[-1] == "nan"
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00\x01 no safetensors", b"\xff" * 64, b"\x08" + bytes(7) + b"{}      "])
+def test_a_damaged_file_loses_nothing(debugger: Debugger, out: list[str], tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(content)
+    assert debugger.run_script(["b resid_post.1", "r"]) == 0
+    for line in (f"steer resid_post.1 add {path}", f"steer resid_post.1 ablate {path}", f"load {path}",
+                 f"steer resid_post.1 add {tmp_path}", f"load {tmp_path}", f"save {tmp_path}/no/a.file"):  # fmt: skip
+        assert not debugger.execute(line) and out[-1].startswith("error: "), line
+        assert "defect" not in out[-1], out[-1]
+    assert debugger.execute("continue")
+
+
+def test_what_nobody_foresaw_does_not_end_the_program(
+    debugger: Debugger, out: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise ZeroDivisionError("a test")
+
+    monkeypatch.setattr(debugger.dj, "memory", fail)
+    assert not debugger.execute("memory")
+    assert "ZeroDivisionError: a test" in out[-1] and "Please report it" in out[-1] and djinn.__version__ in out[-1]
+    assert "asking.py:" in out[-1]
+
+
+def test_a_run_that_cannot_begin_leaves_what_was_there(debugger: Debugger) -> None:
+    assert debugger.run_script(["b resid_post.1", "r"]) == 0
+    stop = debugger.stop
+    assert not debugger.execute("run " + "and so on " * 200)
+    assert debugger.stop is stop and debugger.execute("continue")
 
 
 def test_diff_of_equal_and_of_parted_runs(dj: djinn.Dj) -> None:
