@@ -21,6 +21,9 @@ MISJUDGED = 0.2
 #: A server that is still behind after so much more than the window has broken down.
 GRACE = 0.25
 
+#: Seconds by which a sum of times may be off.
+CLOSE = 1e-6
+
 
 @dataclass(frozen=True)
 class Turn:
@@ -125,7 +128,7 @@ class Crowd:
 
     def arrived(self, most: int) -> list[Visit]:
         """At most so many of those who have come and were not taken yet; an agent is served one turn at a time."""
-        now, found = self.elapsed, []
+        now, found = self.elapsed + CLOSE, []
         while self._ahead and self._ahead[0].at <= now:
             self._behind.append(self._ahead.popleft())
         for turn in list(self._behind):

@@ -40,37 +40,30 @@ class Mover:
         self.nbytes = 0  # moved so far
         self.seconds = 0.0  # in which it was let
         self.error: BaseException | None = None
-        self._let, self._rests, self._ended = threading.Event(), threading.Event(), threading.Event()
-        self._rests.set()
+        self._let, self._ended, self._moving = threading.Event(), threading.Event(), threading.Lock()
+        self._begun = self._due = 0.0
         self._thread = threading.Thread(target=self._work, daemon=True)
 
     def _work(self) -> None:
         try:
             while not self._ended.is_set():
                 if self._let.wait(0.05):
-                    self._stretch()
+                    with self._moving:
+                        if self._let.is_set():
+                            self._move()
+                    time.sleep(max(0.0, self._due - time.perf_counter()))
         except BaseException as error:
             self.error = error
-        finally:
-            self._rests.set()
 
-    def _stretch(self) -> None:
-        """Move as long as it is let."""
-        self._rests.clear()
-        begun = due = time.perf_counter()
-        try:
-            while self._let.is_set():
-                session = self.sessions.pop(0)
-                self.sessions.append(session)
-                session.offload()
-                session.pin()  # begins to bring it back
-                session.pin(False)
-                self.nbytes += 2 * self.size
-                due += 2 * self.size / self.rate
-                time.sleep(max(0.0, due - time.perf_counter()))
-        finally:
-            self.seconds += time.perf_counter() - begun
-            self._rests.set()
+    def _move(self) -> None:
+        """Move one session out and in again."""
+        session = self.sessions.pop(0)
+        self.sessions.append(session)
+        session.offload()
+        session.pin()  # begins to bring it back
+        session.pin(False)
+        self.nbytes += 2 * self.size
+        self._due += 2 * self.size / self.rate
 
     @contextmanager
     def alive(self) -> Iterator[Mover]:
@@ -79,18 +72,21 @@ class Mover:
         try:
             yield self
         finally:
-            self.let(False)
+            self._let.clear()
             self._ended.set()
             self._thread.join()
 
     def let(self, moving: bool) -> None:
         """Let it move, or see that it does not."""
-        if moving:
-            self._rests.clear()
+        now = time.perf_counter()
+        if moving and not self._let.is_set():
+            self._begun = self._due = now
             self._let.set()
-            return
-        self._let.clear()
-        self._rests.wait()
+        elif not moving and self._let.is_set():
+            self._let.clear()
+            self.seconds += now - self._begun
+            with self._moving:
+                pass  # the move that it is at is begun
         if self.error is not None:
             raise self.error
 
