@@ -49,9 +49,9 @@ def _turns(results: Json) -> Table:
             body.append([label, count, *(least + figure for figure in figures), done, busy])
     heads = ["way", "agents", "first token P50, ms", "P99", "whole turn P50, ms", "P99", "turns done", "busy"]
     note = (
-        f"Each agent holds a prompt of {sizes['prompt']} tokens and its past turns, thinks for {sizes['think']:.3g} s on "
-        f"average and asks for {sizes['new']} tokens; turns arrive for {sizes['window']:.3g} s by one seeded timetable, "
-        "the same for every way, and waits count from the arrival. "
+        f"Each agent holds a prompt of {sizes['prompt']} tokens and its past turns, thinks for {sizes['think']:.3g} s "
+        f"on average and asks for {sizes['new']} tokens; turns arrive for {sizes['window']:.3g} s by one seeded "
+        "timetable, the same for every way, and waits count from the arrival. "
         f"Budget: {sizes['rows']} KV rows of {mebibytes(results['row_bytes'])}; `everything resident` has one an agent "
         f"(at most {results['seats']}). djinn_fx serves {sizes['batch']} turns at a time, in slices of "
         f"{sizes['slice']} tokens; recomputing runs the same programs and keeps tokens alone. `hints`: agents say for "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,7 @@ def test_the_timetable_is_seeded_and_as_asked() -> None:
     for agent in range(7):
         mine = [turn for turn in turns if turn.agent == agent]
         assert 0 < len(mine) <= 3
-        for before, after in zip(mine, mine[1:], strict=False):
+        for before, after in pairwise(mine):
             away = after.at - before.at
             assert 2.0 * (1 - SPREAD) <= away <= 2.0 * (1 + SPREAD)
             assert abs(after.announced - after.at) <= away * MISJUDGED + 1e-9
