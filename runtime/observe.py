@@ -7,8 +7,12 @@ site works, compiled in or not: a program with the wanted cuts is made for the c
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
 
 import torch
 
@@ -16,12 +20,18 @@ from djinn_fx.errors import CapacityError, InvalidValue
 from djinn_fx.program import LOGITS, KVSpec
 from djinn_fx.runtime.arena import KVArena
 from djinn_fx.runtime.inputs import PromptBatch
+from djinn_fx.runtime.kept import Kept
 from djinn_fx.runtime.programs import SMALLEST_CHUNK, ProgramCache, bucket
 from djinn_fx.runtime.segments import Env, run_segments
 from djinn_fx.runtime.steps import Step
-from djinn_fx.runtime.tables import BatchRow, site_row, step_inputs
+from djinn_fx.runtime.tables import BatchRow, step_inputs
 from djinn_fx.sites import Site, SiteTable
 from djinn_fx.specs import ProgramShape
+
+Found = TypeVar("Found")
+
+#: Most host memory that is kept between two passes.
+SPARE_BYTES = 1 << 30
 
 #: A hook as TransformerLens calls it: ``fn(value, hook)``; a one-argument ``fn(value)`` works too.
 Hook = Callable[..., torch.Tensor | None]
@@ -79,6 +89,7 @@ class Observer:
     chunk: int
     max_length: int
     windows: tuple[int | None, ...] = ()
+    _spare: deque[KVArena] = field(default_factory=partial(deque, maxlen=1), repr=False)
 
     @torch.no_grad()
     def sweep(self, batch: PromptBatch, plan: Sweep, visit: Visit | None = None) -> list[torch.Tensor]:
@@ -90,20 +101,35 @@ class Observer:
             raise CapacityError(
                 f"a prompt has {max(lengths)} tokens, but the model was compiled for max_length={self.max_length}."
             )
-        rows = bucket(len(lengths))
-        arena = KVArena(self._kv_until(plan.last), rows, max(lengths), self.dtype, self.device)
         logits: list[list[torch.Tensor]] = [[] for _ in lengths]
-        for start in range(0, max(lengths), plan.chunk):
-            steps = self._steps(batch, start, plan)
-            env = self._run(steps, arena, plan, visit)
-            if LOGITS not in env:
-                continue
-            for index, step in enumerate(steps):
-                count = min(len(step.tokens), step.shape.keep)
-                if count:
-                    logits[index].append(env[LOGITS][index, :count].clone())
+        with self._scratch(self._kv_until(plan.last), bucket(len(lengths)), max(lengths)) as arena:
+            for start in range(0, max(lengths), plan.chunk):
+                steps = self._steps(batch, start, plan)
+                env = self._run(steps, arena, plan, visit)
+                if LOGITS not in env:
+                    continue
+                for index, step in enumerate(steps):
+                    count = min(len(step.tokens), step.shape.keep)
+                    if count:
+                        logits[index].append(env[LOGITS][index, :count].clone())
         kept = [torch.cat(parts) for parts in logits if parts]
         return [row[-plan.logits :] for row in kept] if plan.logits else kept
+
+    @contextmanager
+    def _scratch(self, specs: Sequence[KVSpec], rows: int, positions: int) -> Iterator[KVArena]:
+        """An arena for one pass. On the host the last one is kept for the next pass: fresh pages take long to come.
+
+        What is left in it is never read: a pass reads the positions alone that it wrote.
+        """
+        try:
+            arena = self._spare.pop()  # nobody else has it then
+        except IndexError:
+            arena = None
+        if arena is None or (arena.rows, arena.positions, len(arena.layers)) != (rows, positions, len(specs)):
+            arena = KVArena(specs, rows, positions, self.dtype, self.device)
+        yield arena
+        if self.device.type == "cpu" and arena.nbytes <= SPARE_BYTES:
+            self._spare.append(arena)
 
     def _kv_until(self, last: Site | None) -> Sequence[KVSpec]:
         """What the layers keep that run in a pass which ends behind a site."""
@@ -147,23 +173,31 @@ class Observer:
 
     # -- the calls -----------------------------------------------------------------------------
 
-    def capture(self, batch: PromptBatch, plan: Sweep) -> tuple[list[torch.Tensor], dict[str, list[torch.Tensor]]]:
-        """Run a batch and keep every site's value: by site, per row, ``[tokens, *feature_shape]``.
+    def capture(
+        self, batch: PromptBatch, plan: Sweep, finish: Callable[[Site, Kept], Found]
+    ) -> tuple[list[torch.Tensor], dict[str, Found]]:
+        """Run a batch and keep every site's value.
 
-        Values may be views of what the pass computed, pads and all: copy what outlives the call. No segment writes into
-        a value that another one made.
+        Args:
+            batch: the prompts.
+            plan: what to do.
+            finish: called with each site's values as soon as all are there; what it returns is kept. No segment writes
+                into a value that another one made.
+
+        Returns:
+            each row's logits, and what ``finish`` returned, by site.
         """
-        found: dict[str, list[list[torch.Tensor]]] = {site.name: [[] for _ in batch.rows] for site in plan.sites}
+        growing = {site.name: Kept() for site in plan.sites}
+        found: dict[str, Found] = {}
+        chunks = -(-max((len(row) for row in batch.rows), default=0) // plan.chunk)
 
         def keep(site: Site, env: Env, steps: Sequence[Step]) -> None:
-            for index, step in enumerate(steps):
-                if step.tokens:
-                    found[site.name][index].append(site_row(site, env, index, step))
+            kept = growing[site.name]
+            kept.chunks.append((env[site.name], [len(step.tokens_of(site)) if step.tokens else 0 for step in steps]))
+            if len(kept.chunks) == chunks:
+                found[site.name] = finish(site, growing.pop(site.name))
 
-        logits = self.sweep(batch, plan, keep)
-        return logits, {
-            name: [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in rows] for name, rows in found.items()
-        }
+        return self.sweep(batch, plan, keep), found
 
     def with_hooks(
         self, batch: PromptBatch, hooks: Sequence[tuple[Site, Hook]], logits: int | None
