@@ -128,7 +128,8 @@ class Crowd:
 
     def arrived(self, most: int) -> list[Visit]:
         """At most so many of those who have come and were not taken yet; an agent is served one turn at a time."""
-        now, found = self.elapsed + CLOSE, []
+        now = self.elapsed + CLOSE
+        found: list[Visit] = []
         while self._ahead and self._ahead[0].at <= now:
             self._behind.append(self._ahead.popleft())
         for turn in list(self._behind):

@@ -88,9 +88,9 @@ def sizes_of(context: Context, loaded: Loaded) -> Sizes:
     if loaded.weight_bytes > LARGE:
         counts = (10, 80) if context.options.quick else (10, 80, 160)
         return Sizes(counts, 80, 16, 8, 4, 960, 16, 8.0, context.size(10, 5), 1152, pairs=20, block=24)
-    counts = (10, 80) if context.options.quick else (10, 40, 80, 160, 320)
+    small = (10, 80) if context.options.quick else (10, 40, 80, 160, 320)
     room = min(loaded.room, 1024)
-    return Sizes(counts, 80, 16, 8, 4, room - 128, 16, 2.0, context.size(5, 3), room, block=64)
+    return Sizes(small, 80, 16, 8, 4, room - 128, 16, 2.0, context.size(5, 3), room, block=64)
 
 
 def _think(loaded: Loaded, new: int, agents: int) -> float:

@@ -150,7 +150,8 @@ class Worker:
     """A session that decodes in blocks; a new one takes its place when it is full."""
 
     def __init__(self, bench: Bench) -> None:
-        self.bench, self.session = bench, None
+        self.bench = bench
+        self.session: Any = None
 
     def block(self) -> list[float]:
         """Decode a block alone; returns when each of its tokens was there."""

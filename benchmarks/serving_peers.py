@@ -30,8 +30,8 @@ class Offloaded:
         self.last: list[list[int]] = [list(bench.prompts[agent]) for agent in range(agents)]
         self.openings: dict[int, list[int]] = {}
         for agent in range(agents):
-            self.openings[agent] = told = []
-            self.turn(agent, told.append)
+            self.openings[agent] = []
+            self.turn(agent, self.openings[agent].append)
 
     def cache(self) -> Any:
         """A cache for an agent."""

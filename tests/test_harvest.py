@@ -166,13 +166,13 @@ def test_a_full_disk_is_said_and_what_was_written_stays(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Shards are written on another thread; what fails there must not be lost."""
-    written, real = [], save_file
+    written: list[object] = []
 
     def full(*args: Any, **kwargs: Any) -> None:
         if len(written) == 2:
             raise OSError(28, "No space left on device")
         written.append(args)
-        real(*args, **kwargs)
+        save_file(*args, **kwargs)
 
     monkeypatch.setattr("examples.harvest.save_file", full)
     with pytest.raises(OSError, match="No space left"):
