@@ -139,9 +139,14 @@ def _is_ignored(reference: Answer, found: Answer, ignored: Answer, allowed: floa
 
 def _near_tie(reference: Answer, found: Answer, row: int, step: int, allowed: float) -> bool:
     assert reference.logits is not None
-    logits = reference.logits[row, step].float()
-    gap = logits[reference.tokens[row, step]] - logits[found.tokens[row, step]]
-    return float(gap) <= 8 * allowed * float(logits.std())
+    best, other = int(reference.tokens[row, step]), int(found.tokens[row, step])
+    return near_tie(reference.logits[row, step], best, other, allowed)
+
+
+def near_tie(logits: torch.Tensor, best: int, other: int, allowed: float) -> bool:
+    """Whether a tolerance makes two tokens as good as equal by their logits ``[vocab]``."""
+    values = logits.float()
+    return float(values[best] - values[other]) <= 8 * allowed * float(values.std())
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -34,6 +34,8 @@ bench() {
     bench compile llama-8b-shape 120 --depths 32 --no-peers
     bench virtual gpt2 120
     bench virtual llama-8b-shape 240
+    bench density gpt2 180
+    bench density llama-8b-shape 240
     bench harvest gpt2 60
     bench harvest llama-8b-shape 90
     bench endurance gpt2 150

@@ -36,7 +36,7 @@ PLAIN = Work("plain")
 COMPARED = 5
 
 #: Budgets as shares of the weights' bytes, and of a large model in bytes.
-SHARES, LARGE_BUDGETS = (0.6, 0.8), (6 << 30, 12 << 30)
+SHARES, LARGE_BUDGETS = (0.6, 0.8), (4 << 30, 8 << 30, 12 << 30)
 
 #: Bytes of the copy that tells the bus's bandwidth; that of a layer of an 8B model.
 COPIED = 416 << 20
@@ -210,15 +210,9 @@ class Virtual:
         }
 
     def _accelerate(self, budget: int) -> dict[str, Json]:
-        accelerate: Any = importlib.import_module("accelerate")
-        model, device = self.loaded.model, self.context.device
-        where = accelerate.infer_auto_device_map(
-            model,
-            max_memory={device.index: budget, "cpu": 1 << 50},
-            no_split_module_classes=model._no_split_modules,
-        )
+        device = self.context.device
         before = torch.cuda.memory_allocated(device)
-        accelerate.dispatch_model(model, device_map=where, main_device=device.index)
+        dispatch(self.loaded.model, budget, int(device.index))
         weights = torch.cuda.memory_allocated(device) - before
         decoder: Decoder = HooksDecoder(self.loaded)
         assert self.right is not None
@@ -234,6 +228,25 @@ class Virtual:
         )
         decoder.close()
         return {"prompt": prompts, "decode": decode, "weights": weights}
+
+
+def dispatch(model: Any, budget: int, device: int) -> None:
+    """Spread a model that lies on the CPU over a CUDA device and the host, as transformers does for ``device_map``.
+
+    Args:
+        model: changed in place: hooks bring what stays on the host when it is needed.
+        budget: bytes of the device that its weights may take.
+        device: index of the device.
+    """
+    accelerate: Any = importlib.import_module("accelerate")
+    where = accelerate.infer_auto_device_map(
+        model,
+        max_memory={device: budget, "cpu": 1 << 50},
+        # A list: anything else is taken for the name of one class, and blocks would be torn apart.
+        no_split_module_classes=sorted(model._no_split_modules or ()),
+    )
+    skipped = sorted(getattr(model, "_skip_keys_device_placement", None) or ())  # such as the cache
+    accelerate.dispatch_model(model, device_map=where, main_device=device, skip_keys=skipped)
 
 
 def _per_token(block_seconds: Callable[[int], float], block: int, count: int) -> list[float]:

@@ -7,7 +7,7 @@ from djinn_fx.benchmarks.tables import Picture, Table, figure, mebibytes, missin
 
 
 def tables(record: Record) -> list[Table]:
-    """One table: resident, then each budget with ours, the floor and Accelerate."""
+    """Resident, then each budget with ours, the floor and Accelerate; how many times as long Accelerate takes."""
     results = record.results
     plan = results["plan"]
     heads = ["weights", "on the device", "streamed per step", "prompt, ms", "token, ms", "of the bus, prompt", "token"]
@@ -25,7 +25,24 @@ def tables(record: Record) -> list[Table]:
         f"gives. The bus: {results['bus_bytes_per_second'] / 1e9:.1f} GB/s, one contiguous copy from pinned memory in "
         "the same run."
     )
-    return [Table("A model larger than the memory for its weights", heads, body, note)]
+    return [Table("A model larger than the memory for its weights", heads, body, note), _ratios(results["budgets"])]
+
+
+def _ratios(budgets: Json) -> Table:
+    """Accelerate's times over ours, budget by budget."""
+    body = []
+    for budget, cells in budgets.items():
+        both = [cells["ours"], cells.get("accelerate")]
+        why = next((why for cell in both if (why := missing(cell))), None)
+        ratios = ["-", "-"] if why else [_over(both, part) for part in ("prompt", "decode")]
+        body.append([mebibytes(int(budget)), *ratios, why or ""])
+    return Table("Accelerate's time over ours, on the same budget", ["budget", "prompt", "token", "why not"], body)
+
+
+def _over(cells: list[Json], part: str) -> str:
+    if any(missing(cell[part]) for cell in cells):
+        return "-"
+    return f"{number(cells[1][part]['median'] / cells[0][part]['median'])} x"
 
 
 def _row(name: str, cell: Json) -> list[str]:

@@ -122,7 +122,11 @@ def _command(name: str) -> Callable[..., None]:
 
     def command(
         model: Annotated[
-            str, typer.Option(help="gpt2, llama-8b-shape, storyteller, or a path or hub id of a causal LM.")
+            str,
+            typer.Option(
+                help="gpt2 or llama-8b-shape (random weights), tiny (the same, to try a benchmark out), storyteller "
+                "(bundled), or a path or hub id of a causal LM."
+            ),
         ] = default.model,
         device: Annotated[str, typer.Option(help="cuda, cpu or auto.")] = default.device,
         dtype: Annotated[str, typer.Option(help="Of the weights; auto: bfloat16 on CUDA.")] = default.dtype,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -10,12 +10,14 @@ import torch
 from djinn_fx.errors import InvalidValue, SessionClosed
 from djinn_fx.runtime.engine import Engine
 from djinn_fx.runtime.inputs import PromptBatch, prompt_batch
+from djinn_fx.runtime.kept import Kept, sending
 from djinn_fx.runtime.observe import Hook, Observer, Sweep
 from djinn_fx.runtime.results import Cache, Output
 from djinn_fx.runtime.retell import retold, retold_step
 from djinn_fx.runtime.session import Session
 from djinn_fx.runtime.stop import Stop
 from djinn_fx.select import select_positions
+from djinn_fx.sites import Site
 from djinn_fx.specs import Positions
 
 
@@ -93,9 +95,15 @@ class Looking:
             self.engine.options.prefill_chunk,
             last,
         )
-        kept_logits, values = self.observer.capture(batch, plan)
-        shaped = {site.name: select_positions(batch, values[site.name], positions).to(device, dtype) for site in chosen}
-        cache = Cache(table, shaped)
+        names = {site.name for site in chosen}
+        taken = {tensor.untyped_storage().data_ptr() for tensor in self.engine.identity.weights.values()}
+
+        def finish(site: Site, kept: Kept) -> Callable[[], torch.Tensor] | None:
+            return send(select_positions(batch, kept, positions, taken)) if site.name in names else None
+
+        with sending(device, dtype, self.engine.device) as send:
+            kept_logits, sent = self.observer.capture(batch, plan, finish)
+            cache = Cache(table, {name: there() for name, there in sent.items() if there is not None})
         if not logits or not kept_logits:
             return None, cache
         if logits is True:

@@ -37,6 +37,7 @@ _LENS_BLOCK = re.compile(r"^blocks\.(?P<layer>[^.]+)\.(?P<hook>.+)$")
 _LENS_TOP: Mapping[str, str] = {"hook_embed": "embed", "ln_final.hook_normalized": "final_norm"}
 
 RESERVED = ("attn_pattern", "router")
+_LENS_RESERVED: Mapping[str, str] = {"attn.hook_pattern": "attn_pattern", "attn.hook_attn_scores": "attn_pattern"}
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,9 @@ def from_transformer_lens(name: str) -> str:
     if name in _LENS_TOP:
         return _LENS_TOP[name]
     match = _LENS_BLOCK.match(name)
-    if match and match["hook"] in TRANSFORMER_LENS:
-        return f"{TRANSFORMER_LENS[match['hook']]}.{match['layer']}"
+    role = match and (TRANSFORMER_LENS.get(match["hook"]) or _LENS_RESERVED.get(match["hook"]))
+    if match and role:
+        return f"{role}.{match['layer']}"
     return name
 
 
@@ -180,12 +182,23 @@ class SiteTable:
         reason = self.absent.get(wanted) or self.absent.get(role)
         if reason:
             return f"this model has no site {name!r}: {reason}."
-        index: dict[str, Site] = self._index  # type: ignore[attr-defined]
-        near = difflib.get_close_matches(wanted, list(index), n=4, cutoff=0.5)
+        near = self._near(name, wanted)
         hint = f"nearest: {', '.join(near)}" if near else "dj.sites.names lists them all"
         layers = [site.layer for site in self.sites if site.layer is not None]
         span = f" (layers are 0 to {max(layers)})" if layers else ""
         return f"no site {name!r} in this model{span}; {hint}."
+
+    def _near(self, name: str, wanted: str) -> list[str]:
+        """Names like an unknown one; where it looks like one of TransformerLens, those first, with what they mean."""
+        index: dict[str, Site] = self._index  # type: ignore[attr-defined]
+        if "hook" in name or name.startswith("block"):
+            layers = {str(site.layer) for site in self.sites if site.layer is not None} | {"*"}
+            hooks = [hook for hook, role in TRANSFORMER_LENS.items() if any(site.role == role for site in self.sites)]
+            known = [f"blocks.{layer}.{hook}" for layer in layers for hook in hooks if layer != "*" or "*" in name]
+            found = difflib.get_close_matches(name, sorted([*known, *_LENS_TOP]), n=3, cutoff=0.75)
+            if found:
+                return [f"{lens} ({from_transformer_lens(lens)})" for lens in found]
+        return difflib.get_close_matches(wanted, list(index), n=4, cutoff=0.5)
 
 
 def _glob(pattern: str) -> str:

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
@@ -78,7 +79,7 @@ def windows(text: Path, tokenizer: Any, length: int) -> Iterator[Window]:
 
 
 def activations(dj: djinn.Dj, batch: tuple[Window, ...], plan: Plan) -> dict[str, torch.Tensor]:
-    """The sites' values of a batch on the CPU, pads and skipped positions left out: ``[tokens, *feature_shape]``."""
+    """The sites' values of a batch on the device, pads and skipped positions left out: ``[tokens, *feature_shape]``."""
     sites = dj.sites.select(plan.sites)
     dtype = getattr(torch, plan.dtype) if plan.dtype else None
     rows = [list(window.tokens) for window in batch]
@@ -87,10 +88,65 @@ def activations(dj: djinn.Dj, batch: tuple[Window, ...], plan: Plan) -> dict[str
     lengths = torch.tensor([len(row) for row in rows])
     places = torch.arange(int(lengths.max())).expand(len(rows), -1)
     kept = (places < lengths[:, None]) & (places >= plan.skip)
-    found = {site.name: cache[site.name][kept.to(cache[site.name].device)].cpu() for site in sites}
+    whole, chosen = bool(kept.all()), kept.flatten().nonzero().flatten()  # no waiting for the device
+    found = {}
+    for site in sites:
+        value = cache[site.name].flatten(0, 1)
+        found[site.name] = value if whole else value[chosen.to(value.device, non_blocking=True)]
     tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=torch.int32) for row in rows], batch_first=True)
     lines = torch.tensor([window.line for window in batch])[:, None].expand_as(places)
     return {**found, "token": tokens[kept], "line": lines[kept], "position": places[kept].int()}
+
+
+class Background:
+    """Brings batches to the host and writes shards beside the model's work, each in order on a thread of its own.
+
+    The next batch waits for the last one's copy and the next shard for the last one's file, so that none pile up.
+    """
+
+    def __init__(self) -> None:
+        self._copies, self._files = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._copied: Future[Any] | None = None
+        self._written: Future[Any] | None = None
+        self._stream: torch.cuda.Stream | None = None
+
+    def fetch(self, values: dict[str, torch.Tensor]) -> Future[dict[str, torch.Tensor]]:
+        """Begin to copy a batch to the host."""
+        if self._copied is not None:
+            self._copied.result()
+        device, ready = next(iter(values.values())).device, None
+        if device.type == "cuda":
+            self._stream = self._stream or torch.cuda.Stream(device)
+            ready = torch.cuda.current_stream(device).record_event()
+        self._copied = found = self._copies.submit(_to_host, values, ready, self._stream)
+        return found
+
+    def write(self, shard: Callable[[], object]) -> None:
+        """Begin to write a shard."""
+        if self._written is not None:
+            self._written.result()  # what failed there is said here
+        self._written = self._files.submit(shard)
+
+    def close(self) -> None:
+        """Wait for what was begun."""
+        self._copies.shutdown()
+        self._files.shutdown()
+
+    def finish(self) -> None:
+        """See that the last shard was written."""
+        if self._written is not None:
+            self._written.result()
+
+
+def _to_host(
+    values: dict[str, torch.Tensor], ready: torch.cuda.Event | None, stream: torch.cuda.Stream | None
+) -> dict[str, torch.Tensor]:
+    """Values on the host, once they are computed."""
+    if ready is None or stream is None:
+        return values
+    with torch.cuda.stream(stream):
+        stream.wait_event(ready)
+        return {name: value.cpu() for name, value in values.items()}
 
 
 def harvest(
@@ -126,19 +182,30 @@ def harvest(
     groups = _grouped(_grouped(windows(text, tokenizer, plan.length), plan.rows), plan.batches)
     if done:
         progress(done[-1]["end"])
-    for group in islice(groups, len(done), None):
-        parts = []
-        for batch in group:
-            parts.append(activations(dj, batch, plan))
-            progress(batch[-1].end)
-        shard = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        name = f"harvest-{len(done):05d}.safetensors"
-        _whole(out / name, partial(save_file, shard))
-        done.append({"file": name, "tokens": len(shard["token"]), "end": group[-1][-1].end})
-        _write_index(out, index)
+    background = Background()
+    try:
+        for group in islice(groups, len(done), None):
+            parts = []
+            for batch in group:
+                parts.append(background.fetch(activations(dj, batch, plan)))
+                progress(batch[-1].end)
+            background.write(partial(_write_shard, out, index, parts, group[-1][-1].end))
+        background.finish()
+    finally:
+        background.close()
     index |= {"tokens": sum(shard["tokens"] for shard in done), "complete": True}
     _write_index(out, index)
     return index
+
+
+def _write_shard(out: Path, index: dict[str, Any], parts: list[Future[dict[str, torch.Tensor]]], end: int) -> None:
+    """Write the next shard and then the index that names it."""
+    batches = [part.result() for part in parts]
+    shard = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+    name = f"harvest-{len(index['shards']):05d}.safetensors"
+    _whole(out / name, partial(save_file, shard))
+    index["shards"].append({"file": name, "tokens": len(shard["token"]), "end": end})
+    _write_index(out, index)
 
 
 def load(out: Path, name: str) -> Iterator[torch.Tensor]:

@@ -10,6 +10,8 @@ matrix-vector product), so operands start at addresses that only the row's own s
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -43,6 +45,7 @@ def attention(
     room = k_arena.shape[2] - 1
     wide = torch.promote_types(q.dtype, torch.float32)
     sinks = None if sinks is None else sinks.to(wide)
+    masks: dict[tuple[int, int], _Mask] = {}  # rows of one length share them
     out = q.new_zeros(batch, width, heads, v_arena.shape[3])
     table = torch.stack((rows, positions[:, 0], lengths)).tolist()  # the one read on the host
     for index, (row, first, length) in enumerate(zip(*table, strict=True)):
@@ -58,11 +61,13 @@ def attention(
             low = _oldest(start, window) - base
             keys = start + count - base - low
             block = _part(q.select(0, index), 1, start - first, count)
+            if count > 1 and (count, keys) not in masks:
+                masks[count, keys] = _Mask.of(count, keys, window, wide, q.device)
             found = _attend(
                 (block.to(wide) * scale).contiguous(),
                 _part(k, 1, low, keys),
                 _part(v, 1, low, keys),
-                window,
+                masks.get((count, keys)),
                 softcap,
                 sinks,
             )
@@ -98,7 +103,7 @@ def _attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    window: int | None,
+    mask: _Mask | None,
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
@@ -108,8 +113,8 @@ def _attend(
         q: ``[H, n, D]``, contiguous, already scaled.
         k: ``[Hkv, m, D]``.
         v: ``[Hkv, m, Dv]``.
-        window: see :class:`djinn_fx.kernels.signatures.Attention`, as the next two.
-        softcap: likewise.
+        mask: what the queries must not see; None for one query, which sees everything.
+        softcap: see :class:`djinn_fx.kernels.signatures.Attention`.
         sinks: likewise.
 
     Returns:
@@ -120,17 +125,45 @@ def _attend(
     logits = torch.bmm(q.view(groups, -1, depth), k.transpose(1, 2)).view(heads, n, m)
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
-    hidden = _hidden(n, m, window, q.device) if n > 1 else None
-    if hidden is not None:
-        logits.masked_fill_(hidden, float("-inf"))
+    if mask is not None:
+        mask.apply(logits)
     weights = _softmax(logits, sinks).reshape(groups, -1, m)
-    return _mix(weights, v, hidden).view(heads, n, -1).transpose(0, 1)
+    return _mix(weights, v, None if mask is None else mask.hidden).view(heads, n, -1).transpose(0, 1)
 
 
-def _hidden(n: int, m: int, window: int | None, device: torch.device) -> Tensor:
-    """Which of ``m`` keys the queries at the last ``n`` positions must not see: bool ``[n, m]``."""
-    age = torch.arange(m - n, m, device=device)[:, None] - torch.arange(m, device=device)
-    return age < 0 if window is None else (age < 0) | (age >= window)
+@dataclass(frozen=True)
+class _Mask:
+    """Which of ``m`` keys the queries at the last ``n`` positions must not see.
+
+    Attributes:
+        hidden: bool ``[n, m]``.
+        bias: -inf where hidden, else 0, ``[n, m]``.
+        newest: the last key that the first query sees.
+        oldest: the first one that it sees, negative where that is before all keys; None: all up to the last.
+    """
+
+    hidden: Tensor
+    bias: Tensor
+    newest: int
+    oldest: int | None
+
+    @staticmethod
+    def of(n: int, m: int, window: int | None, dtype: torch.dtype, device: torch.device) -> _Mask:
+        """The mask of ``n`` queries over ``m`` keys."""
+        age = torch.arange(m - n, m, device=device)[:, None] - torch.arange(m, device=device)
+        hidden = age < 0 if window is None else (age < 0) | (age >= window)
+        bias = torch.zeros(n, m, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
+        return _Mask(hidden, bias, m - n, None if window is None else m - n - window + 1)
+
+    def apply(self, logits: Tensor) -> None:
+        """Put -inf in the place of what is hidden in ``[H, n, m]``, whatever is there.
+
+        Cutting triangles off and adding takes a quarter of the time of ``masked_fill_`` on a CPU.
+        """
+        logits.tril_(self.newest)
+        if self.oldest is not None:
+            logits.triu_(self.oldest)
+        logits.add_(self.bias)
 
 
 def _softmax(logits: Tensor, sinks: Tensor | None) -> Tensor:
@@ -148,7 +181,8 @@ def _mix(weights: Tensor, v: Tensor, hidden: Tensor | None) -> Tensor:
     queries before it. Where that happened, such values are added for the queries that see them.
     """
     out = torch.bmm(weights, v)
-    if hidden is None or bool(out.isfinite().all()):
+    # One pass instead of five: a sum is not finite where something in it is not (or, harmlessly, where it overflows).
+    if hidden is None or bool(out.sum().isfinite()):
         return out
     finite = v.isfinite()
     if bool(finite.all()):

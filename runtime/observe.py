@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 
@@ -16,12 +17,16 @@ from djinn_fx.errors import CapacityError, InvalidValue
 from djinn_fx.program import LOGITS, KVSpec, Program
 from djinn_fx.runtime.arena import KVArena
 from djinn_fx.runtime.inputs import PromptBatch
+from djinn_fx.runtime.kept import Kept
 from djinn_fx.runtime.programs import SMALLEST_CHUNK, ProgramCache, bucket
+from djinn_fx.runtime.scratch import Scratch
 from djinn_fx.runtime.segments import Env, run_segments
 from djinn_fx.runtime.steps import Step
-from djinn_fx.runtime.tables import BatchRow, site_row, steering_inputs, step_inputs, variant_for
+from djinn_fx.runtime.tables import BatchRow, steering_inputs, step_inputs, variant_for
 from djinn_fx.sites import Site, SiteTable
 from djinn_fx.specs import ProgramShape, Variant
+
+Found = TypeVar("Found")
 
 #: A hook as TransformerLens calls it: ``fn(value, hook)``; a one-argument ``fn(value)`` works too.
 Hook = Callable[..., torch.Tensor | None]
@@ -81,6 +86,10 @@ class Observer:
     max_length: int
     windows: tuple[int | None, ...] = ()
     rank: int = 0
+    scratch: Scratch = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.scratch = Scratch(self.dtype, self.device)
 
     @torch.no_grad()
     def sweep(self, batch: PromptBatch, plan: Sweep, visit: Visit | None = None) -> list[torch.Tensor]:
@@ -92,30 +101,23 @@ class Observer:
             raise CapacityError(
                 f"a prompt has {max(lengths)} tokens, but the model was compiled for max_length={self.max_length}."
             )
-        rows = bucket(len(lengths))
-        arena = self._arena(batch, plan, rows)
         logits: list[list[torch.Tensor]] = [[] for _ in lengths]
         cuts, variant = self._program_for(batch, plan)
-        for steps in self._chunks(batch, plan):
-            program = self.programs.get(steps[0].shape, variant, cuts)
-            env = self._run(program, steps, arena, plan, visit)
-            if LOGITS not in env:
-                continue
-            for index, step in enumerate(steps):
-                count = min(len(step.tokens), step.shape.keep)
-                if count:
-                    logits[index].append(env[LOGITS][index, :count].clone())
+        longest = max([*lengths, *(step.stop for step in batch.steps or ())])
+        scratch = self.scratch.arena(self._kv_until(plan.last), bucket(len(lengths)), longest)
+        with scratch as arena:
+            _give(arena, batch)
+            for steps in self._chunks(batch, plan):
+                program = self.programs.get(steps[0].shape, variant, cuts)
+                env = self._run(program, steps, arena, plan, visit)
+                if LOGITS not in env:
+                    continue
+                for index, step in enumerate(steps):
+                    count = min(len(step.tokens), step.shape.keep)
+                    if count:
+                        logits[index].append(env[LOGITS][index, :count].clone())
         kept = [torch.cat(parts) for parts in logits if parts]
         return [row[-plan.logits :] for row in kept] if plan.logits else kept
-
-    def _arena(self, batch: PromptBatch, plan: Sweep, rows: int) -> KVArena:
-        """A scratch arena for a batch, with what it is given of the positions before."""
-        longest = max([len(row) for row in batch.rows] + [step.stop for step in batch.steps or ()])
-        arena = KVArena(self._kv_until(plan.last), rows, longest, self.dtype, self.device)
-        for ours, given in zip(arena.layers, batch.before, strict=False):
-            for part, known in zip(ours, given, strict=True):
-                part[0, :, : known.shape[1]] = known
-        return arena
 
     def _kv_until(self, last: Site | None) -> Sequence[KVSpec]:
         """What the layers keep that run in a pass which ends behind a site."""
@@ -176,23 +178,32 @@ class Observer:
 
     # -- the calls -----------------------------------------------------------------------------
 
-    def capture(self, batch: PromptBatch, plan: Sweep) -> tuple[list[torch.Tensor], dict[str, list[torch.Tensor]]]:
-        """Run a batch and keep every site's value: by site, per row, ``[tokens, *feature_shape]``.
+    def capture(
+        self, batch: PromptBatch, plan: Sweep, finish: Callable[[Site, Kept], Found]
+    ) -> tuple[list[torch.Tensor], dict[str, Found]]:
+        """Run a batch and keep every site's value.
 
-        Values may be views of what the pass computed, pads and all: copy what outlives the call. No segment writes into
-        a value that another one made.
+        Args:
+            batch: the prompts.
+            plan: what to do.
+            finish: called with each site's values as soon as all are there; what it returns is kept. No segment writes
+                into a value that another one made.
+
+        Returns:
+            each row's logits, and what ``finish`` returned, by site.
         """
-        found: dict[str, list[list[torch.Tensor]]] = {site.name: [[] for _ in batch.rows] for site in plan.sites}
+        growing = {site.name: Kept() for site in plan.sites}
+        found: dict[str, Found] = {}
+        longest = max((len(row) for row in batch.rows), default=0)
+        chunks = -(-longest // plan.chunk) if batch.steps is None else len(batch.steps)
 
         def keep(site: Site, env: Env, steps: Sequence[Step]) -> None:
-            for index, step in enumerate(steps):
-                if step.tokens:
-                    found[site.name][index].append(site_row(site, env, index, step))
+            kept = growing[site.name]
+            kept.chunks.append((env[site.name], [len(step.tokens_of(site)) if step.tokens else 0 for step in steps]))
+            if len(kept.chunks) == chunks:
+                found[site.name] = finish(site, growing.pop(site.name))
 
-        logits = self.sweep(batch, plan, keep)
-        return logits, {
-            name: [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in rows] for name, rows in found.items()
-        }
+        return self.sweep(batch, plan, keep), found
 
     def with_hooks(
         self, batch: PromptBatch, hooks: Sequence[tuple[Site, Hook]], logits: int | None
@@ -263,6 +274,13 @@ class Observer:
             run_segments(program, env, done, len(program.segments) - 1)
             pieces.append(env[LOGITS][0, :count])
         return torch.cat(pieces).reshape(*h.shape[:-1], -1)
+
+
+def _give(arena: KVArena, batch: PromptBatch) -> None:
+    """Write what a batch is given of the positions before."""
+    for ours, given in zip(arena.layers, batch.before, strict=False):
+        for part, known in zip(ours, given, strict=True):
+            part[0, :, : known.shape[1]] = known
 
 
 def _call_hook(hook: Hook, value: torch.Tensor, site: Site) -> torch.Tensor:

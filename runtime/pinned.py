@@ -20,8 +20,12 @@ import torch
 
 from djinn_fx.errors import CapacityError
 
-#: Bytes of a slab; a longer block gets one of its own size.
+#: Bytes of a slab; a longer block gets one of its own.
 SLAB = 64 << 20
+
+#: By what part of its size a slab for one long block is longer, where there is room: what a session leaves behind fits
+#: it again when it has grown. Pinning takes more than half a second a GiB, and whoever moves waits for it.
+SLACK = 8
 
 #: Blocks begin and end at multiples of this, whole slabs at multiples of a page.
 ALIGNMENT, PAGE = 256, 4096
@@ -165,7 +169,8 @@ class HostPool:
         room = self.limit - self.capacity
         if size > room:
             return None
-        self._slabs.append(_Slab(min(max(self._slab, _up(size, PAGE)), room), self._pinned))
+        wanted = self._slab if size <= self._slab else _up(size + size // SLACK, PAGE)
+        self._slabs.append(_Slab(min(wanted, room), self._pinned))
         return self._find(size)
 
     def _scrape(self, size: int) -> _Lease | None:

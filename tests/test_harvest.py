@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import djinn_fx as djinn
 from djinn_fx.bundled import storyteller
@@ -159,3 +160,26 @@ def test_the_command_line(text: Path, tmp_path: Path) -> None:
     assert answer.returncode == 0, answer.stderr
     assert "tokens in 1 shards in harvest" in answer.stdout
     assert json.loads((tmp_path / "harvest" / INDEX).read_text())["complete"]
+
+
+def test_a_full_disk_is_said_and_what_was_written_stays(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shards are written on another thread; what fails there must not be lost."""
+    written: list[object] = []
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        if len(written) == 2:
+            raise OSError(28, "No space left on device")
+        written.append(args)
+        save_file(*args, **kwargs)
+
+    monkeypatch.setattr("examples.harvest.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        harvest(*compiled(), text, tmp_path / "out", PLAN)
+    assert len(json.loads((tmp_path / "out" / INDEX).read_text())["shards"]) == 2
+    monkeypatch.undo()
+    harvest(*compiled(), text, tmp_path / "out", PLAN)
+    harvest(*compiled(), text, tmp_path / "whole", PLAN)
+    left = {name: content for name, content in files(tmp_path / "out").items() if not name.endswith(".part")}
+    assert left == files(tmp_path / "whole")

@@ -46,6 +46,31 @@ SITES: dict[str, Case] = {
     ),
     "glob": (lambda dj, s: begin(s, "attn_zz.*"), djinn.UnknownSite, "no site 'attn_zz.*'"),
     "lens": (lambda dj, s: dj.sites.get("blocks.9.hook_q"), djinn.UnknownSite, "no site 'blocks.9.hook_q'"),
+    "lens spelling": (
+        lambda dj, s: s.steer("blocks.1.hook_resid_pots", scale=2.0),
+        djinn.UnknownSite,
+        r"nearest: blocks.1.hook_resid_post \(resid_post.1\)",
+    ),
+    "lens layer": (
+        lambda dj, s: dj.sites.get("blocks.9.hook_mlp_out"),
+        djinn.UnknownSite,
+        r"layers are 0 to 1\); nearest: blocks.\d.hook_mlp_out \(mlp_out.\d\)",
+    ),
+    "lens glob": (
+        lambda dj, s: dj.run_with_cache([3], "blocks.*.hook_mlpout"),
+        djinn.UnknownSite,
+        r"nearest: blocks.\*.hook_mlp_out \(mlp_out.\*\)",
+    ),
+    "lens top": (
+        lambda dj, s: dj.run_with_cache([3], "ln_final.hook_normalised"),
+        djinn.UnknownSite,
+        r"nearest: ln_final.hook_normalized \(final_norm\)",
+    ),
+    "lens pattern": (
+        lambda dj, s: dj.run_with_cache([3], "blocks.0.attn.hook_pattern"),
+        djinn.UnknownSite,
+        "is reserved and not available yet.*attn_q/attn_k",
+    ),
     "hook": (lambda dj, s: dj.run_with_hooks([3], [("nope", print)]), djinn.UnknownSite, "no site 'nope'"),
     "reserved": (
         lambda dj, s: dj.run_with_cache([3], "attn_pattern.0"),

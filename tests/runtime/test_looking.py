@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -10,8 +11,9 @@ from torch import Tensor
 from transformers import BatchEncoding
 
 import djinn_fx as djinn
+from djinn_fx.runtime.kept import Kept
 from tests.bits import assert_same_bits, same_bits
-from tests.runtime.tiny import CHUNK, WIDTH, logits_of, model_of, prompt
+from tests.runtime.tiny import CHUNK, WIDTH, logits_of, make_model, model_of, prompt
 
 LENGTHS = (5, 21, 1, 16)
 PROMPTS = [prompt(length, seed) for seed, length in enumerate(LENGTHS)]
@@ -235,3 +237,68 @@ class planted:
 
     def __exit__(self, *_: object) -> None:
         self.weight[self.index] = self.kept
+
+
+def test_each_value_of_a_cache_has_memory_of_its_own(one: djinn.Dj) -> None:
+    """Values that fill a pass's tensors are handed out as they are: writing to one must reach nothing else."""
+    whole = torch.stack([prompt(16, seed) for seed in range(4)])
+    names = ["resid_post.*", "attn_q.0", "attn_k.0", "mlp_out.1", "resid_mid.1"]
+    _, first = one.run_with_cache(whole, names, logits=False)
+    _, second = one.run_with_cache(whole, names, logits=False)
+    for name, value in first.items():
+        assert value.is_contiguous() and value.shape[:2] == (4, 16)
+        value.fill_(float("nan"))
+        for other, left in first.items():
+            assert other == name or bool(left.isnan().all()) == (list(first).index(other) < list(first).index(name))
+    _, third = one.run_with_cache(whole, names, logits=False)
+    for name in second:
+        assert_same_bits(third[name], second[name])
+
+
+def test_a_table_that_a_module_hands_out_is_copied() -> None:
+    table = torch.zeros(2, 3, 4)
+    kept, taken = Kept([(table, [3, 3])]), {table.untyped_storage().data_ptr()}
+    assert kept.whole(taken) is None
+    assert kept.whole(set()) is table
+    one, two = Kept([(table, [3, 3])]), set[int]()
+    assert one.whole(two) is table and one.whole(two) is None  # the second site of the same memory
+    assert Kept([(table, [3, 2])]).whole(set()) is None and Kept([(table, [2, 2])]).whole(set()) is None
+    assert Kept([(table[:, ::2], [2, 2])]).whole(set()) is None and Kept([(table, [3, 3])] * 2).whole(set()) is None
+
+
+def test_what_a_pass_left_in_scratch_memory_reaches_no_other(one: djinn.Dj) -> None:
+    rows = [prompt(16, seed).tolist() for seed in range(4)]
+    _, right = one.run_with_cache(rows, "resid_post", logits=False)
+    for arena in one.observer.scratch._spare:
+        for pair in arena.layers:
+            for tensor in pair:
+                tensor.fill_(float("nan"))
+    assert len(one.observer.scratch._spare) == 1
+    _, again = one.run_with_cache(rows, "resid_post", logits=False)
+    for name in right:
+        assert_same_bits(again[name], right[name])
+
+
+def test_passes_on_many_threads_share_no_scratch_memory(one: djinn.Dj) -> None:
+    batches = [[prompt(16, seed + 10 * thread).tolist() for seed in range(4)] for thread in range(3)]
+    right = [one.run_with_cache(rows, "resid_post.1", logits=False)[1]["resid_post.1"] for rows in batches]
+    with ThreadPoolExecutor(3) as threads:
+        found = list(
+            threads.map(lambda i: one.run_with_cache(batches[i % 3], "resid_post.1", logits=False)[1], range(9))
+        )
+    for index, cache in enumerate(found):
+        assert_same_bits(cache["resid_post.1"], right[index % 3])
+
+
+@pytest.mark.gpu
+def test_values_sent_to_the_host_are_those_on_the_device() -> None:
+    dj = djinn.compile(make_model("llama").to("cuda"), max_length=32, verify=False)
+    whole = torch.stack([prompt(16, seed) for seed in range(4)])
+    for dtype in (None, torch.float16):
+        for positions in (None, -1):
+            chosen: dict[str, Any] = {"positions": positions, "dtype": dtype, "logits": False}
+            _, here = dj.run_with_cache(whole, "resid_post", **chosen)
+            _, there = dj.run_with_cache(whole, "resid_post", device="cpu", **chosen)
+            for name in here:
+                assert there[name].is_cpu
+                assert_same_bits(there[name], here[name].cpu())

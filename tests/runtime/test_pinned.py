@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 import djinn_fx as djinn
-from djinn_fx.runtime.pinned import ALIGNMENT, Block, HostPool
+from djinn_fx.runtime.pinned import ALIGNMENT, SLACK, Block, HostPool
 
 SLAB, LIMIT = 8192, 40000
 
@@ -147,6 +147,15 @@ def test_slabs_give_way_to_a_block_longer_than_any() -> None:
     assert pool.capacity == 4 * SLAB
 
 
+def test_what_a_long_block_leaves_takes_one_that_has_grown() -> None:
+    pool = HostPool(64 * SLAB, pinned=False, slab=SLAB)
+    pool.take(2 * SLAB)
+    capacity = pool.capacity
+    for growth in range(1, 5):  # a session that leaves, comes back, grows and leaves again
+        pool.take(2 * SLAB + growth * 2 * SLAB // SLACK // 4)
+    assert pool.capacity == capacity < 3 * SLAB
+
+
 def test_blocks_outlive_their_pool() -> None:
     pool = HostPool(SLAB, pinned=False, slab=SLAB)
     block = pool.take(100)
@@ -165,4 +174,4 @@ def test_pinned_slabs() -> None:
     torch.cuda.synchronize()
     assert torch.equal(block.tensor, source.cpu())
     large = pool.take(100 << 20)
-    assert large.tensor.is_pinned() and pool.capacity == 164 << 20
+    assert large.tensor.is_pinned() and pool.capacity == (64 << 20) + (100 << 20) * 9 // 8
