@@ -103,6 +103,10 @@ class Autosave:
                 (self.folder / name).unlink(missing_ok=True)
                 self._files.discard(name)
 
+    def name_of(self, session: Session) -> str | None:
+        """The name of a session's file in the folder; None if it was not written yet."""
+        return self._names.get(session)
+
     def stop(self) -> None:
         """One last round, then no more. The files stay."""
         if not self._end.is_set():

@@ -248,10 +248,15 @@ class Checkpoint:
         return f"Checkpoint({len(session['tokens'])} tokens{at}, {self.nbytes} bytes)"
 
 
-def take_checkpoint(session: Session, *, between: bool = False) -> Checkpoint:
+def take_checkpoint(session: Session, *, between: bool = False, beyond: bool = False) -> Checkpoint:
     """A checkpoint of a session as it stands; the caller holds the engine's lock.
 
     On CUDA its copies are only begun, in the order of the current stream, and nothing is written down yet.
+
+    Args:
+        session: of which.
+        between: also between two steps of a run that is being driven.
+        beyond: in ordinary memory that no budget counts.
 
     Raises:
         SessionBusy: the session's run is being driven just now.
@@ -260,7 +265,7 @@ def take_checkpoint(session: Session, *, between: bool = False) -> Checkpoint:
     engine = session.engine
     taken, values = snapshot(session, between=between)
     row = session.row if session.host is None else None  # nothing writes into what was offloaded: it is shared
-    sent = engine.transfer.send(row, session.length, values)
+    sent = engine.transfer.send(row, session.length, values, beyond=beyond)
     parked = session.host or sent.parked
     assert parked is not None
     kept = Kept(parked, session.length, engine.arena.names)

@@ -165,7 +165,16 @@ class HostPool:
         room = self.limit - self.capacity
         if size > room:
             return None
-        self._slabs.append(_Slab(min(max(self._slab, _up(size, PAGE)), room), self._pinned))
+        nbytes = min(max(self._slab, _up(size, PAGE)), room)
+        try:
+            self._slabs.append(_Slab(nbytes, self._pinned))
+        except (MemoryError, OSError, RuntimeError) as error:
+            if isinstance(error, CapacityError):
+                raise
+            raise CapacityError(
+                f"the system has no {nbytes} bytes of host memory for a checkpoint or a session off the device "
+                f"({type(error).__name__}: {error}). Free host memory, or drop checkpoints that are not needed."
+            ) from error
         return self._find(size)
 
     def _scrape(self, size: int) -> _Lease | None:
