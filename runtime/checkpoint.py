@@ -142,8 +142,10 @@ class Checkpoint:
         self._contents()
         return self
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write it, with the fingerprint of the weights as they are now, whole or not at all; returns the path.
+    def save(self, path: str | os.PathLike[str]) -> Path | str:
+        """Write it, with the fingerprint of the weights as they are now, whole or not at all.
+
+        Returns what ``dj.restore`` takes: the path of a local file, the address of any other.
 
         Any address of fsspec will do, such as ``memory://name``; see docs/checkpoints.md for what is whole there.
         Decoding goes on meanwhile: nothing here takes the engine's lock.

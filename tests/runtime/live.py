@@ -236,5 +236,7 @@ def check_memory(dj: djinn.Dj) -> None:
     for place in memory.sessions:
         session = place.session
         assert (place.tier, place.pinned, place.idle_hint) == (session.tier, session.pinned, session.idle_hint)
-        assert place.nbytes == session.extent * engine.arena.bytes_per_position, (place, session.extent)
+        least = session.extent * engine.arena.bytes_per_position
+        # Away, it is what was sent: a step in the air that was abandoned since counts.
+        assert place.nbytes == least or (place.tier != "device" and place.nbytes > least), (place, session.extent)
         assert not place.pinned or place.tier == "device", place
