@@ -155,8 +155,12 @@ class Checkpoint:
         Raises:
             CheckpointError: the file could not be written; nothing changed under the name.
         """
+        return self.write(path, self._weights())
+
+    def write(self, path: str | os.PathLike[str], weights: Mapping[str, str]) -> Path | str:
+        """:meth:`save` with a fingerprint of the weights that is known already."""
         contents = self._contents()
-        document = {**self._origin, "session": _portable(contents.session), "weights": self._weights()}
+        document = {**self._origin, "session": _portable(contents.session), "weights": dict(weights)}
         kv = {} if self._kv is None else self._kv.tensors()
         return write_file(path, document, {**contents.tensors, **kv})
 
@@ -285,7 +289,7 @@ def _portable(session: Plain) -> Plain:
             warnings.warn(
                 f"the breakpoint at {point['site']!r} is not saved: its when= is a function of your own, which a "
                 "file cannot hold. Give it again: dj.restore(path, breakpoints=[...]).",
-                stacklevel=3,
+                stacklevel=4,
             )
         else:
             kept.append(point)

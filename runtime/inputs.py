@@ -112,8 +112,8 @@ def require_lengths(rows: Sequence[Sequence[int]], most: int) -> None:
             raise InvalidValue(f"{name} is empty. Give at least one token.")
         if len(row) > most:
             raise CapacityError(
-                f"{name} has {len(row)} tokens, but a session has room for {most} (max_length). Nothing was computed; "
-                "shorten it, or compile with a larger max_length."
+                f"{name} has {len(row)} tokens, but a session has room for {most} (max_length={most}). Nothing was "
+                "computed; shorten it, or compile with a larger max_length."
             )
 
 
