@@ -26,6 +26,7 @@ from djinn_fx.runtime.arena import KVArena
 from djinn_fx.runtime.engine import Engine
 from djinn_fx.runtime.fingerprint import Identity
 from djinn_fx.runtime.guard import WeightGuard
+from djinn_fx.runtime.inputs import require_lengths
 from djinn_fx.runtime.observe import Observer
 from djinn_fx.runtime.options import EngineOptions, Tokenizer
 from djinn_fx.runtime.programs import ProgramCache, bucket
@@ -136,9 +137,15 @@ class Dj(Looking, Keeping):
 
         Returns:
             one result per prompt, in order.
+
+        Raises:
+            InvalidValue, CapacityError: a prompt is empty, or longer than ``max_length``; the message says which one.
+            CapacityError: no KV row can be had.
+            As :meth:`Session.generate`.
         """
         single = isinstance(prompts, str)
         rows = self._batch([prompts] if single else prompts).rows
+        require_lengths(rows, self.engine.options.max_length)
         todo = batching.requests(rows, edits, seeds)
         points = [breakpoints] if isinstance(breakpoints, (str, Breakpoint)) else list(breakpoints)
         sites = [capture] if isinstance(capture, str) else list(capture)

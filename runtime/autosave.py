@@ -1,7 +1,8 @@
 """Autosave: every session on disk, kept up in the background; a process that dies loses at most the last interval.
 
-A session is saved at a moment at which it is whole: between two steps if a thread drives it, at once if none does. A
-session that has not changed since it was last written is not written again. Files of sessions that were closed go.
+A session is saved at a moment at which it is whole: at once if no thread drives it, else between two steps, where the
+thread that drives it lets autosave in. A session that has not changed since it was last written is not written again.
+Files of sessions that were closed go. The weights are hashed once a round, not once a file.
 """
 
 from __future__ import annotations
@@ -11,15 +12,20 @@ import time
 import uuid
 import warnings
 import weakref
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 import torch
 
-from djinn_fx.errors import DjinnError, InvalidValue, SessionBusy
+from djinn_fx.errors import InvalidValue, SessionBusy
 from djinn_fx.runtime.bits import same_bits
 from djinn_fx.runtime.checkpoint import Checkpoint
+from djinn_fx.runtime.fingerprint import Fingerprints
 
 if TYPE_CHECKING:
     from djinn_fx.runtime.engine import Engine
@@ -28,8 +34,8 @@ if TYPE_CHECKING:
 #: Names of the files: of a session, whole.
 PREFIX, SUFFIX = "session-", ".safetensors"
 
-#: Seconds between two looks at a session that a thread is driving.
-PATIENCE = 0.002
+#: Seconds between two looks at a session that a thread is driving, beside being let in.
+PATIENCE = 0.05
 
 
 class Mark:
@@ -62,6 +68,16 @@ class Mark:
         return self.value.shape == other.value.shape and same_bits(self.value, other.value)
 
 
+Taken = tuple[Mark, Checkpoint]
+
+
+def _fulfil(future: Future[Taken | None], act: Callable[[], Taken | None]) -> None:
+    try:
+        future.set_result(act())
+    except Exception as error:
+        future.set_exception(error)
+
+
 class Autosave:
     """Keeps the sessions of one model in a folder; ``dj.autosave`` makes it. Stop it, or use it in ``with``.
 
@@ -77,11 +93,12 @@ class Autosave:
             raise InvalidValue(f"autosave(every={every!r}): give seconds, more than 0.")
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.every, self.written = folder, every, 0
-        self.errors: list[DjinnError] = []
+        self.errors: list[Exception] = []
         self._engine = engine
         self._names: weakref.WeakKeyDictionary[Session, str] = weakref.WeakKeyDictionary()
         self._files: set[str] = set()
-        self._marks: weakref.WeakKeyDictionary[Session, Mark] = weakref.WeakKeyDictionary()
+        self._weights = Fingerprints(engine.identity.weights)
+        self._marks: weakref.WeakKeyDictionary[Session, tuple[Mark, object]] = weakref.WeakKeyDictionary()
         self._end, self._round = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._work, name="djinn-autosave", daemon=True)
         self._thread.start()
@@ -89,19 +106,29 @@ class Autosave:
     def save_now(self) -> None:
         """One round now: every session that has changed is written, files of closed ones go."""
         with self._round:
-            self.errors = []
+            errors: list[Exception] = []
+            self._weights.forget()
             with self._engine.lock:
                 sessions = list(self._engine.sessions)
             for session in sessions:
                 try:
                     self._save(session)
-                except DjinnError as error:
+                except Exception as error:  # whatever it is, the others are saved, and this one is tried again
                     if not session.closed:
-                        self.errors.append(error)
+                        errors.append(error.with_traceback(None))  # which would keep the session's memory
             kept = {self._names[session] for session in sessions if session in self._names and not session.closed}
             for name in self._files - kept:
-                (self.folder / name).unlink(missing_ok=True)
-                self._files.discard(name)
+                try:
+                    (self.folder / name).unlink(missing_ok=True)
+                except OSError as error:
+                    errors.append(error)
+                else:
+                    self._files.discard(name)
+            self.errors = errors
+
+    def name_of(self, session: Session) -> str | None:
+        """The name of a session's file in the folder; None if it was not written yet."""
+        return self._names.get(session)
 
     def stop(self) -> None:
         """One last round, then no more. The files stay."""
@@ -126,30 +153,46 @@ class Autosave:
             return
         mark, checkpoint = taken
         name = self._names.get(session) or session.saved_as(self.folder) or f"{PREFIX}{uuid.uuid4().hex}{SUFFIX}"
+        weights = self._weights.lines()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of predicates that no file can hold: said in the docs
-            checkpoint.save(self.folder / name)
+            checkpoint.write(self.folder / name, weights)
         self._names[session] = name
         self._files.add(name)
-        self._marks[session] = mark
+        self._marks[session] = mark, self._weights.mark()
         self.written += 1
 
-    def _taken(self, session: Session) -> tuple[Mark, Checkpoint] | None:
-        """A checkpoint at a moment between two steps; None if it is closed or has not changed."""
+    def _taken(self, session: Session) -> Taken | None:
+        """A checkpoint at a moment between two steps; None if it is closed or has not changed.
+
+        Raises:
+            SessionBusy: nobody who drives it came to the end of a step, for as long as an interval.
+        """
         deadline = time.monotonic() + self.every
         while True:
             try:
                 with self._engine.lock:
-                    if session.closed:
-                        return None
-                    mark = Mark(session)
-                    if mark.same(self._marks.get(session)):
-                        return None
-                    return mark, session.checkpoint_between()
+                    return self._take(session)
             except SessionBusy:
                 if time.monotonic() > deadline:
                     raise
-            time.sleep(PATIENCE)
+            let_in: Future[Taken | None] = Future()
+            self._engine.visits[session] = partial(_fulfil, let_in, partial(self._take, session))
+            with suppress(TimeoutError):
+                return let_in.result(PATIENCE)
+            with self._engine.lock:
+                self._engine.visits.pop(session, None)
+                if let_in.done():
+                    return let_in.result()
+
+    def _take(self, session: Session) -> Taken | None:
+        """:meth:`_taken` now; the caller holds the lock."""
+        if session.closed:
+            return None
+        mark, (known, weights) = Mark(session), self._marks.get(session, (None, None))
+        if mark.same(known) and weights == self._weights.mark():
+            return None
+        return mark, session.checkpoint_between()
 
     def __enter__(self) -> Autosave:
         return self

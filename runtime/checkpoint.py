@@ -142,8 +142,10 @@ class Checkpoint:
         self._contents()
         return self
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write it, with the fingerprint of the weights as they are now, whole or not at all; returns the path.
+    def save(self, path: str | os.PathLike[str]) -> Path | str:
+        """Write it, with the fingerprint of the weights as they are now, whole or not at all.
+
+        Returns what ``dj.restore`` takes: the path of a local file, the address of any other.
 
         Any address of fsspec will do, such as ``memory://name``; see docs/checkpoints.md for what is whole there.
         Decoding goes on meanwhile: nothing here takes the engine's lock.
@@ -153,8 +155,12 @@ class Checkpoint:
         Raises:
             CheckpointError: the file could not be written; nothing changed under the name.
         """
+        return self.write(path, self._weights())
+
+    def write(self, path: str | os.PathLike[str], weights: Mapping[str, str]) -> Path | str:
+        """:meth:`save` with a fingerprint of the weights that is known already."""
         contents = self._contents()
-        document = {**self._origin, "session": _portable(contents.session), "weights": self._weights()}
+        document = {**self._origin, "session": _portable(contents.session), "weights": dict(weights)}
         kv = {} if self._kv is None else self._kv.tensors()
         return write_file(path, document, {**contents.tensors, **kv})
 
@@ -248,10 +254,15 @@ class Checkpoint:
         return f"Checkpoint({len(session['tokens'])} tokens{at}, {self.nbytes} bytes)"
 
 
-def take_checkpoint(session: Session, *, between: bool = False) -> Checkpoint:
+def take_checkpoint(session: Session, *, between: bool = False, beyond: bool = False) -> Checkpoint:
     """A checkpoint of a session as it stands; the caller holds the engine's lock.
 
     On CUDA its copies are only begun, in the order of the current stream, and nothing is written down yet.
+
+    Args:
+        session: of which.
+        between: also between two steps of a run that is being driven.
+        beyond: in ordinary memory that no budget counts.
 
     Raises:
         SessionBusy: the session's run is being driven just now.
@@ -260,7 +271,7 @@ def take_checkpoint(session: Session, *, between: bool = False) -> Checkpoint:
     engine = session.engine
     taken, values = snapshot(session, between=between)
     row = session.row if session.host is None else None  # nothing writes into what was offloaded: it is shared
-    sent = engine.transfer.send(row, session.length, values)
+    sent = engine.transfer.send(row, session.length, values, beyond=beyond)
     parked = session.host or sent.parked
     assert parked is not None
     kept = Kept(parked, session.length, engine.arena.names)
@@ -278,7 +289,7 @@ def _portable(session: Plain) -> Plain:
             warnings.warn(
                 f"the breakpoint at {point['site']!r} is not saved: its when= is a function of your own, which a "
                 "file cannot hold. Give it again: dj.restore(path, breakpoints=[...]).",
-                stacklevel=3,
+                stacklevel=4,
             )
         else:
             kept.append(point)

@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from djinn_fx.errors import CheckpointError
+from djinn_fx.errors import CheckpointError, DjinnError
 
 FORMAT = 1
 
@@ -35,22 +35,27 @@ _DIGEST_FIELD = re.compile(rb'"djinn_sha256":"([0-9a-f]{64})"')
 _AGAIN = "Restore from another copy, or take the checkpoint again."
 
 
-def write_file(path: str | os.PathLike[str], document: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Path:
-    """Write a checkpoint file; ``tensors`` lie on the CPU. Returns the path; that of an address is of no use.
+def write_file(
+    path: str | os.PathLike[str], document: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
+) -> Path | str:
+    """Write a checkpoint file; ``tensors`` lie on the CPU. Returns what :func:`read_file` takes: path or address.
 
     Raises:
         CheckpointError: it could not be written; nothing changed under the name.
     """
-    held = _apart(tensors)
-    checksums = {name: _checksum(tensor) for name, tensor in held.items()}
-    metadata = {
-        "djinn_format": str(FORMAT),
-        "djinn_sha256": _NO_DIGEST,
-        "djinn": json.dumps({**document, "checksums": checksums}, allow_nan=False, separators=(",", ":")),
-    }
+    try:
+        held = _apart(tensors)
+        checksums = {name: _checksum(tensor) for name, tensor in held.items()}
+        written = json.dumps({**document, "checksums": checksums}, allow_nan=False, separators=(",", ":"))
+    except MemoryError as error:
+        raise CheckpointError(
+            f"cannot write the checkpoint {os.fspath(path)!r}: no host memory to put it together ({error}). Nothing "
+            "changed under that name; free host memory and save it again."
+        ) from error
+    metadata = {"djinn_format": str(FORMAT), "djinn_sha256": _NO_DIGEST, "djinn": written}
     if is_url(path):
         _write_url(os.fspath(path), held, metadata)
-        return Path(path)
+        return os.fspath(path)
     target = local(path)
     draft = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -61,7 +66,7 @@ def write_file(path: str | os.PathLike[str], document: Mapping[str, Any], tensor
         _seal(draft)
         os.replace(draft, target)
         _sync_folder(target.parent)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, MemoryError) as error:
         raise CheckpointError(
             f"cannot write the checkpoint {str(target)!r}: {error}. Nothing changed under that name; see that the "
             "folder exists, is writable and has room."
@@ -79,23 +84,32 @@ def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, t
         CheckpointError: not readable, cut off, damaged, not a checkpoint, or of another format.
     """
     if is_url(path):
+        address = os.fspath(path)
         with tempfile.TemporaryDirectory(prefix="djinn-") as folder:
-            return read_file(_fetched(os.fspath(path), Path(folder) / "checkpoint.safetensors"))
-    source = local(path)
+            return _read(_fetched(address, Path(folder) / "checkpoint.safetensors"), address)
+    return _read(local(path), str(local(path)))
+
+
+def _read(source: Path, name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """A file and what users call it."""
     try:
-        document = _document(source)
+        document = _document(source, name)
         checksums = document.pop("checksums")
         with safe_open(source, "pt") as file:
             # Copied: what the file's mapping shows may change with the file.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
     except OSError as error:
-        raise CheckpointError(f"cannot read the checkpoint {str(source)!r}: {error}. Check the path.") from error
+        raise CheckpointError(f"cannot read the checkpoint {name!r}: {error}. Check the path.") from error
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, DjinnError):
+            raise
+        raise CheckpointError(f"cannot read the checkpoint {name!r}: no memory for it ({error}).") from error
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _damaged(source, f"its contents do not fit together ({error})") from error
-    found = {name: _checksum(tensor) for name, tensor in tensors.items()}
-    for name in checksums | found:
-        if checksums.get(name) != found.get(name):
-            raise _damaged(source, f"tensor {name!r} does not match its checksum")
+        raise _damaged(name, f"its contents do not fit together ({error})") from error
+    found = {key: _checksum(tensor) for key, tensor in tensors.items()}
+    for key in checksums | found:
+        if checksums.get(key) != found.get(key):
+            raise _damaged(name, f"tensor {key!r} does not match its checksum")
     return document, tensors
 
 
@@ -192,7 +206,7 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _document(source: Path) -> dict[str, Any]:
+def _document(source: Path, name: str) -> dict[str, Any]:
     """The JSON document of a file whose header is sound and whose length is what the header says."""
     size = source.stat().st_size
     with source.open("rb") as file:
@@ -201,40 +215,38 @@ def _document(source: Path) -> dict[str, Any]:
         header += file.read(min(length, LONGEST_HEADER))
     if len(header) < 8 + length:
         if size < 10 or b"djinn_format" in header or size < 8 + length <= LONGEST_HEADER:
-            raise _damaged(source, f"it is cut off after {size} bytes")
-        raise _foreign(source)
-    _check_header(source, header)
+            raise _damaged(name, f"it is cut off after {size} bytes")
+        raise _foreign(name)
+    _check_header(name, header)
     entries = json.loads(header[8:])
     metadata = entries.pop("__metadata__")
     end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     if size != len(header) + end:
         state = "cut off" if size < len(header) + end else "longer than it was written"
-        raise _damaged(source, f"it is {state}: {size} bytes instead of {len(header) + end}")
+        raise _damaged(name, f"it is {state}: {size} bytes instead of {len(header) + end}")
     document: dict[str, Any] = json.loads(metadata["djinn"])
     return document
 
 
-def _check_header(source: Path, header: bytes) -> None:
+def _check_header(name: str, header: bytes) -> None:
     version, digest = _FORMAT_FIELD.search(header), _DIGEST_FIELD.search(header)
     if version is None and digest is None:
-        raise _foreign(source)
+        raise _foreign(name)
     if version is not None and int(version[1]) != FORMAT:
         raise CheckpointError(
-            f"{str(source)!r} says it is a checkpoint of format {int(version[1])}; this version of djinn_fx reads "
+            f"{name!r} says it is a checkpoint of format {int(version[1])}; this version of djinn_fx reads "
             f"format {FORMAT}. Read it with the version that wrote it, or take the checkpoint again."
         )
     if version is None or digest is None:
-        raise _damaged(source, "its header lacks a field")
+        raise _damaged(name, "its header lacks a field")
     blank = header[: digest.start(1)] + _NO_DIGEST.encode() + header[digest.end(1) :]
     if hashlib.sha256(blank).hexdigest().encode() != digest[1]:
-        raise _damaged(source, "its header does not match its checksum")
+        raise _damaged(name, "its header does not match its checksum")
 
 
-def _damaged(source: Path, how: str) -> CheckpointError:
-    return CheckpointError(f"the checkpoint {str(source)!r} is damaged: {how}. {_AGAIN}")
+def _damaged(name: str, how: str) -> CheckpointError:
+    return CheckpointError(f"the checkpoint {name!r} is damaged: {how}. {_AGAIN}")
 
 
-def _foreign(source: Path) -> CheckpointError:
-    return CheckpointError(
-        f"{str(source)!r} is not a djinn_fx checkpoint. Give a file that Checkpoint.save() wrote, whole."
-    )
+def _foreign(name: str) -> CheckpointError:
+    return CheckpointError(f"{name!r} is not a djinn_fx checkpoint. Give a file that Checkpoint.save() wrote, whole.")

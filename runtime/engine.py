@@ -54,6 +54,7 @@ class Engine:
         pool: host memory for checkpoints and offloaded sessions.
         transfer: what moves KV there and back.
         tiers: decides what moves.
+        visits: called under the lock before a session's next step, on the thread that drives it; they raise nothing.
     """
 
     programs: ProgramCache
@@ -72,6 +73,7 @@ class Engine:
     pool: HostPool = field(init=False, repr=False)
     transfer: Transfer = field(init=False, repr=False)
     tiers: Tiers = field(init=False, repr=False)
+    visits: dict[Session, Callable[[], None]] = field(default_factory=dict, repr=False)
     _keys: Iterator[int] = field(default_factory=itertools.count, repr=False)
     _loop: DecodeLoop | None = field(init=False, default=None, repr=False)
     _stages: Stages | None = field(init=False, default=None, repr=False)
@@ -281,8 +283,17 @@ class Engine:
     # -- outcomes and moves --------------------------------------------------------------------
 
     def iterate(self, runs: Sequence[Run]) -> list[Stop]:
-        """See :func:`djinn_fx.runtime.driver.iterate`."""
+        """See :func:`djinn_fx.runtime.driver.iterate`; before it, whoever waits for one of the sessions is let in."""
+        if self.visits:
+            self._receive(runs)
         return driver.iterate(self, runs)
+
+    def _receive(self, runs: Sequence[Run]) -> None:
+        with self.lock:
+            for run in runs:
+                visit = self.visits.pop(run.session, None)
+                if visit is not None:
+                    visit()
 
     def result_of(self, run: Run) -> Result:
         """The outcome of a finished run."""

@@ -59,6 +59,41 @@ def fingerprint(weights: Mapping[str, torch.Tensor]) -> dict[str, str]:
     }
 
 
+class Fingerprints:
+    """The fingerprint of a model's weights, kept for as long as nothing tells that they changed; not thread-safe.
+
+    Changes in place are told by the tensors' version counters. Those that leave no trace (``param.data``) are not, so
+    whoever keeps this for long says :meth:`forget` now and then.
+    """
+
+    def __init__(self, weights: Mapping[str, torch.Tensor]) -> None:
+        self._weights = weights
+        self._known: dict[str, str] = {}
+        self._versions: tuple[int, ...] | None = None
+
+    @property
+    def versions(self) -> tuple[int, ...] | None:
+        """The version counters; None where tensors of inference mode have none."""
+        tensors = self._weights.values()
+        return None if any(tensor.is_inference() for tensor in tensors) else tuple(t._version for t in tensors)
+
+    def forget(self) -> None:
+        """The next question is answered from the weights themselves."""
+        self._versions = None
+
+    def lines(self) -> Mapping[str, str]:
+        """As :func:`fingerprint`."""
+        now = self.versions
+        if now is None or now != self._versions:
+            self._known = fingerprint(self._weights)
+            self._versions = now
+        return self._known
+
+    def mark(self) -> object:
+        """What the weights looked like when last looked at; equal marks: the same, as far as anything tells."""
+        return self.versions, tuple(self._known.values())
+
+
 def digest(lines: Mapping[str, str]) -> str:
     """One sha256 for all lines of :func:`fingerprint`, whatever their order."""
     text = "".join(f"{name}\0{line}\n" for name, line in sorted(lines.items()))

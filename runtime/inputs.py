@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from djinn_fx.errors import InvalidValue
+from djinn_fx.errors import CapacityError, InvalidValue
 
 if TYPE_CHECKING:
     from djinn_fx.runtime.options import Tokenizer
@@ -95,8 +95,31 @@ def prompt_batch(inputs: object, tokenizer: Tokenizer | None, vocab_size: int) -
         kept.append(row[where[0] : where[-1] + 1] if where else [])
         if kept[-1] and not (min(kept[-1]) >= 0 and max(kept[-1]) < vocab_size):
             wrong = next(token for token in kept[-1] if not 0 <= token < vocab_size)
-            raise InvalidValue(f"token id {wrong} is outside the vocabulary of {vocab_size}.")
+            whose = "" if len(rows) == 1 else f" of prompt {len(kept) - 1}"
+            raise InvalidValue(f"token id {wrong}{whose} is outside the vocabulary of {vocab_size}.")
     return PromptBatch(kept, places, max((len(row) for row in rows), default=0))
+
+
+def require_lengths(rows: Sequence[Sequence[int]], most: int) -> None:
+    """Raise before anything is computed where one of many prompts cannot be taken.
+
+    Args:
+        rows: the prompts' tokens.
+        most: positions of a session.
+
+    Raises:
+        InvalidValue: a prompt is empty.
+        CapacityError: a prompt is longer than a session.
+    """
+    for index, row in enumerate(rows):
+        name = "the prompt" if len(rows) == 1 else f"prompt {index}"
+        if not row:
+            raise InvalidValue(f"{name} is empty. Give at least one token.")
+        if len(row) > most:
+            raise CapacityError(
+                f"{name} has {len(row)} tokens, but a session has room for {most} (max_length={most}). Nothing was "
+                "computed; shorten it, or compile with a larger max_length."
+            )
 
 
 def _rows(inputs: object, tokenizer: Tokenizer | None) -> list[list[int]]:

@@ -170,7 +170,16 @@ class HostPool:
         if size > room:
             return None
         wanted = self._slab if size <= self._slab else _up(size + size // SLACK, PAGE)
-        self._slabs.append(_Slab(min(wanted, room), self._pinned))
+        nbytes = min(wanted, room)
+        try:
+            self._slabs.append(_Slab(nbytes, self._pinned))
+        except (MemoryError, OSError, RuntimeError) as error:
+            if isinstance(error, CapacityError):
+                raise
+            raise CapacityError(
+                f"the system has no {nbytes} bytes of host memory for a checkpoint or a session off the device "
+                f"({type(error).__name__}: {error}). Free host memory, or drop checkpoints that are not needed."
+            ) from error
         return self._find(size)
 
     def _scrape(self, size: int) -> _Lease | None:

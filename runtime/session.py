@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from djinn_fx.errors import InvalidValue, SessionBusy, SessionClosed
+from djinn_fx.errors import CapacityError, InvalidValue, SessionBusy, SessionClosed
 from djinn_fx.runtime.residence import Residence
 from djinn_fx.runtime.run import Run, RunOptions
 from djinn_fx.runtime.sampling import SamplingSpec
@@ -251,10 +251,16 @@ class Session(Residence):
         return self.engine.tiers.roomy(act)
 
     def checkpoint_between(self) -> Checkpoint:
-        """:meth:`checkpoint`, also between two steps of a run that is being driven; the caller holds the lock."""
+        """:meth:`checkpoint`, also between two steps of a run that is being driven; the caller holds the lock.
+
+        Where ``pinned_bytes`` is used up it lies in ordinary memory.
+        """
         from djinn_fx.runtime.checkpoint import take_checkpoint
 
-        return take_checkpoint(self, between=True)
+        try:
+            return take_checkpoint(self, between=True)
+        except CapacityError:
+            return take_checkpoint(self, between=True, beyond=True)
 
     def saved_as(self, folder: Path) -> str | None:
         """The name of the file in ``folder`` from which it was recovered, or None."""

@@ -19,9 +19,12 @@ torch.set_num_threads(1)
 # Same examples in every run, no timing. `HYPOTHESIS_PROFILE=explore` looks for new ones.
 settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
 settings.register_profile("explore", deadline=None, print_blob=True, max_examples=1000)
-# A failure is shown as it was found: to make it smaller takes many more runs.
+# A failure is shown as it was found: to make it smaller takes many more runs. `seek` does so with new examples.
 settings.register_profile(
     "unshrunk", derandomize=True, deadline=None, database=None, phases=[Phase.explicit, Phase.generate]
+)
+settings.register_profile(
+    "seek", deadline=None, database=None, print_blob=True, phases=[Phase.explicit, Phase.generate]
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 

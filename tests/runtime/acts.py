@@ -11,13 +11,16 @@ from torch import Tensor
 import djinn_fx as djinn
 from djinn_fx.runtime.sampling import SamplingSpec
 from djinn_fx.runtime.stop import Stop
-from tests.families import VOCAB, WIDTH, noise, prompt
+from tests.families import LENGTH, VOCAB, WIDTH, noise, prompt
 from tests.oracle import Call
 
 #: Sites compiled at first, and those that ``add_sites`` adds: one of them lives across a site compiled at first.
 SITES = ("resid_post", "attn_q.1", "logits")
 MORE = ("attn_v.1", "mlp_out.0")
 NAMES = ("resid_post.0", "attn_q.1", "resid_post.1", "logits")
+
+#: More bytes than what a stop shows, and what its step had left there, of any site.
+LARGEST = 2 * LENGTH * VOCAB * 4
 
 _WORDS: tuple[Any, ...] = ("prompt", "generated", "last_prompt", ("prompt", "generated"), ["last_prompt"])
 _PLACES: tuple[Any, ...] = (0, 3, 10, slice(2, 12), slice(5, None), [0, 4, 8, 13])

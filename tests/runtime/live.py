@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import djinn_fx as djinn
+from djinn_fx.runtime.arena import KVArena
 from djinn_fx.runtime.results import Result
 from djinn_fx.runtime.run import Run
 from djinn_fx.runtime.session import Session
@@ -177,22 +178,69 @@ class Live(Against):
 
 
 @contextmanager
-def nothing_else_changes(dj: djinn.Dj, everyone: Sequence[Live], touched: Sequence[Live]) -> Iterator[None]:
-    """Fail if an act on some sessions changed another's KV by a bit, lost a row or left one dirty."""
+def nothing_else_changes(
+    dj: djinn.Dj, everyone: Sequence[Live], touched: Sequence[Live], unowned: float
+) -> Iterator[None]:
+    """Fail if an act on some sessions changed another's KV by a bit, lost a row or left one dirty.
+
+    Args:
+        dj: whose sessions.
+        everyone: all that are open.
+        touched: those that may change.
+        unowned: what a free row holds.
+    """
     arena = dj.engine.arena
     others = [live for live in everyone if live not in touched]
-    before = [[tensor[:, : live.session.extent].clone() for tensor in live.kv()] for live in others]
+    with dj.engine.lock:
+        before = [[tensor[:, : live.session.extent].clone() for tensor in live.kv()] for live in others]
     yield
-    for live, tensors in zip(others, before, strict=True):
-        if not live.session.closed:
-            for old, new in zip(tensors, live.kv(), strict=True):
-                live.same("KV that an act on another session changed", new[:, : live.session.extent], old)
-    if arena.device.type == "cuda":
+    settle(dj)
+    with dj.engine.lock:
+        for live, tensors in zip(others, before, strict=True):
+            if not live.session.closed:
+                for old, new in zip(tensors, live.kv(), strict=True):
+                    live.same("KV that an act on another session changed", new[:, : live.session.extent], old)
+        taken = [session.row for session in dj.engine.sessions if session.resident]
+        assert len(set(taken)) == len(taken), f"two sessions share a row: {taken}"
+        assert arena.free_rows == arena.rows - len(taken), "a row was lost"
+        for row in set(range(arena.rows)) - set(taken):
+            assert holds(arena, row, unowned), f"free row {row} does not hold {unowned}"
+
+
+def settle(dj: djinn.Dj) -> None:
+    """Wait for sessions whose users are due to come back, and for what the disk has begun."""
+    for session in tuple(dj.engine.sessions):
+        away = session.away
+        if away is not None and away.interval < 1:
+            away.join()
+    if dj.engine.device.type == "cuda":
         torch.cuda.synchronize()  # the copy stream zeroes the rows that sessions leave
-    taken = [session.row for session in dj.engine.sessions if session.resident]
-    assert len(set(taken)) == len(taken), f"two sessions share a row: {taken}"
-    assert arena.free_rows == arena.rows - len(taken), "a row was lost"
-    for pair in arena.layers:
-        for tensor in pair:
-            for row in set(range(arena.rows)) - set(taken):
-                assert not bool(tensor[row].any()), f"free row {row} is not zero"
+
+
+def holds(arena: KVArena, row: int, value: float) -> bool:
+    """Whether a row holds nothing but this number, which may be NaN."""
+    return all(
+        bool((tensor[row].isnan() if value != value else tensor[row] == value).all()) for tensor in arena.env.values()
+    )
+
+
+def check_memory(dj: djinn.Dj) -> None:
+    """Fail where ``dj.memory()`` contradicts itself, its budgets or the sessions."""
+    memory, engine = dj.memory(), dj.engine
+    assert all(count >= 0 for count in memory.values()), memory
+    assert memory["kv_used"] <= memory["kv"] and memory["kv"] == engine.arena.nbytes, memory
+    assert memory["pinned_used"] <= memory["pinned_capacity"] <= memory["pinned_budget"], memory
+    assert memory["disk"] <= memory["disk_budget"], memory
+    assert [place.session for place in memory.sessions] == list(dj.sessions)
+    places = {tier: [p for p in memory.sessions if p.tier == tier] for tier in ("device", "host", "disk")}
+    assert len(places["device"]) == engine.arena.rows - engine.arena.free_rows
+    assert memory["kv_used"] == sum(place.nbytes for place in places["device"]), memory
+    assert memory["host"] == sum(place.nbytes for place in places["host"]), memory
+    assert memory["disk"] >= sum(place.nbytes for place in places["disk"]), memory  # checkpoints may share files
+    for place in memory.sessions:
+        session = place.session
+        assert (place.tier, place.pinned, place.idle_hint) == (session.tier, session.pinned, session.idle_hint)
+        least = session.extent * engine.arena.bytes_per_position
+        # Away, it is what was sent: a step in the air that was abandoned since counts.
+        assert place.nbytes == least or (place.tier != "device" and place.nbytes > least), (place, session.extent)
+        assert not place.pinned or place.tier == "device", place

@@ -7,9 +7,9 @@ import os
 import tempfile
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import cache
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -20,54 +20,23 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition
 
 import djinn_fx as djinn
 from djinn_fx.runtime.checkpoint import Checkpoint
+from djinn_fx.runtime.pinned import ALIGNMENT
 from djinn_fx.runtime.sampling import SamplingSpec
 from djinn_fx.runtime.session import Session
 from djinn_fx.runtime.stop import Stop
-from djinn_fx.specs import ProgramShape
-from tests.backends import compile_model
-from tests.families import EOS, LENGTH, ROWS, family, prompt
-from tests.oracle import Call, Oracle, Script
+from tests.families import LENGTH, prompt
+from tests.oracle import Call, Script
 from tests.runtime import acts
-from tests.runtime.compiled_oracle import CompiledOracle
-from tests.runtime.live import Live, nothing_else_changes
+from tests.runtime.live import Live, check_memory, holds, nothing_else_changes, settle
+from tests.runtime.setups import Setup, compiled, fill, oracle_of, poisoned
 from tests.session_script import Point, Shadow, World
 
-DEVICE = os.environ.get("DJINN_TEST_DEVICE", "cpu")
-RANK = 3
 MOST = 6  # open sessions
 #: Seconds after which a process begins no further example.
 SECONDS, BEGAN = float(os.environ.get("DJINN_STATE_SECONDS", "inf")), time.monotonic()
 
 Act = TypeVar("Act", bound=Callable[..., None])
-
-
-@cache
-def compiled(name: str, invariant: bool, chunk: int, backend: str) -> djinn.Dj:
-    """The test session's compiled model."""
-    return compile_model(
-        family(name, DEVICE),
-        backend,
-        sites=acts.SITES,
-        max_sessions=ROWS,
-        max_length=LENGTH,
-        prefill_chunk=chunk,
-        edit_rank=RANK,
-        batch_invariant=invariant,
-        verify=False,
-    )
-
-
-@cache
-def oracle_of(name: str, invariant: bool, chunk: int, backend: str) -> Oracle:
-    """The test session's oracle of a compiled model."""
-    model = family(name, DEVICE)
-    options: dict[str, Any] = {"length": LENGTH, "chunk": chunk, "rank": RANK, "eos": [EOS]}
-    if backend == "inductor":
-        return CompiledOracle(compiled(name, invariant, chunk, backend), model, **options)
-    dj = compiled(name, invariant, chunk, backend)
-    decode = dj.engine.programs.get(ProgramShape(ROWS if invariant else 1, 1, 1), "plain", dj.engine.sites)
-    grouped = any(record.name == "projections" for record in decode.records)
-    return Oracle(model, **options, grouped=grouped)
+Found = TypeVar("Found")
 
 
 def some(condition: Callable[[Live], bool]) -> Callable[[Act], Act]:
@@ -102,11 +71,8 @@ def has_run(live: Live) -> bool:
 class Stage(RuleBasedStateMachine):
     """Open sessions and their shadows; every act goes through :meth:`acting` or :meth:`refused`."""
 
-    model: ClassVar[str]
-    invariant: ClassVar[bool]
-    chunk: ClassVar[int]
-    backend: ClassVar[str]
-    examples: ClassVar[int] = 0
+    setup: ClassVar[Setup]
+    seen: ClassVar[Counter[str]]
 
     def __init__(self) -> None:
         assume(time.monotonic() - BEGAN < SECONDS)
@@ -114,20 +80,23 @@ class Stage(RuleBasedStateMachine):
         # Threads that wait for each other cost more than tensors of this size, by far where others work beside.
         self.threads = torch.get_num_threads()
         torch.set_num_threads(1)
-        self.dj = compiled(self.model, self.invariant, self.chunk, self.backend)
-        self.oracle = oracle_of(self.model, self.invariant, self.chunk, self.backend)
+        self.dj, self.oracle = compiled(self.setup), oracle_of(self.setup)
+        self.held = ExitStack()
+        if self.setup.poison:
+            self.held.enter_context(poisoned(self.dj.engine.arena))
         self.lives: list[Live] = []
         self.saved: list[tuple[Checkpoint, Shadow, bool]] = []
         self.batches = 0
         self.numbers, self.keys = itertools.count(), itertools.count()
         self.latest: Live | None = None
         self.sound = True
-        type(self).examples += 1
+        self.before = self.dj.memory()["pinned_used"]  # where another example failed, its traceback keeps something
+        self.seen["examples"] += 1
 
     @property
     def world(self) -> World:
         """What the oracle needs to know."""
-        return World(self.oracle, ROWS if self.invariant else 1, self.dj.engine.sites)
+        return World(self.oracle, self.setup.decode_rows, self.dj.engine.sites)
 
     @property
     def more(self) -> bool:
@@ -137,7 +106,7 @@ class Stage(RuleBasedStateMachine):
     @property
     def free(self) -> int:
         """Rows that can be had: all but those of pinned sessions, since everybody is paused between two acts."""
-        return ROWS - sum(live.session.pinned for live in self.lives)
+        return self.setup.rows - sum(live.session.pinned for live in self.lives)
 
     def pick(self, number: int, condition: Callable[[Live], bool]) -> Live:
         """One of the sessions like this, mostly the one touched last."""
@@ -151,8 +120,10 @@ class Stage(RuleBasedStateMachine):
         self.sound, all_touched = False, list(touched)
         self.latest = all_touched[-1] if all_touched else self.latest
         left = [live.leaving() for live in touched]
-        with nothing_else_changes(self.dj, self.lives, touched):
+        with nothing_else_changes(self.dj, self.lives, touched, self.setup.unowned):
             yield all_touched
+        check_memory(self.dj)
+        self.seen.update(f"acts with a session on the {tier}" for tier in {s.tier for s in self.dj.sessions})
         for done in left:
             done()
         self.lives += [live for live in all_touched if live not in self.lives]
@@ -166,6 +137,33 @@ class Stage(RuleBasedStateMachine):
         """An act that must fail, and change nothing."""
         with self.acting(*lives), pytest.raises(error):
             act()
+
+    def roomy(self, needed: int, act: Callable[[], Found]) -> Found | None:
+        """An act that needs room in a tier below the device; None if it was refused because there is none.
+
+        Args:
+            needed: bytes of host memory in one piece that make it certain.
+            act: what may be refused.
+        """
+        self.dj.engine.pool.used  # noqa: B018 -- it takes back what was dropped
+        pool = self.dj.engine.pool
+        free = [size for slab in pool._slabs for _, size in slab.free]
+        certain = needed + ALIGNMENT <= max([*free, pool.limit - pool.capacity])
+        try:
+            return act()
+        except djinn.CapacityError:
+            if certain:
+                raise
+            self.seen["refusals for want of room"] += 1
+            return None
+
+    def newcomer(self, count: int, act: Callable[[], Found], *stays: Live) -> Found | None:
+        """An act that needs ``count`` more rows; None if every tier was full."""
+        arena = self.dj.engine.arena
+        moving = [live.session for live in self.lives if live.session.resident and not live.session.pinned]
+        sizes = [s.extent * arena.bytes_per_position for s in moving if s not in {live.session for live in stays}]
+        missing = max(0, count - arena.free_rows)
+        return self.roomy(sum(sorted(sizes)[-missing:]) if missing else -ALIGNMENT, act)
 
     def homeless(self, live: Live) -> bool:
         """Whether a session is away and no row can be had for it."""
@@ -183,18 +181,22 @@ class Stage(RuleBasedStateMachine):
         """Unfinished runs that find rows; one alone unless bits are apart from company."""
         found = [live for index, live in enumerate(filter(busy, self.lives)) if mask >> index & 1]
         found = found or [self.pick(mask, busy)]
-        found = found if self.invariant else found[:1]
+        found = found if self.setup.invariant else found[:1]
         return [live for live in found if not self.homeless(live)]
 
     # -- acts that rules share -----------------------------------------------------------------
 
-    def open(self, seed: int) -> None:
-        """A new session."""
+    def open(self, seed: int) -> Live | None:
+        """A new session; None if there is no room."""
         if not self.free:
             self.refused(self.dj.session)
         elif len(self.lives) < MOST:
             with self.acting() as opened:
-                opened.append(self.adopt(self.dj.session(seed), Shadow(Script(seeds=((0, seed),)))))
+                session = self.newcomer(1, lambda: self.dj.session(seed))
+                if session is not None:
+                    opened.append(self.adopt(session, Shadow(Script(seeds=((0, seed),)))))
+            return opened[0] if opened else None
+        return None
 
     def close(self, live: Live) -> None:
         """A session and its forks close."""
@@ -252,10 +254,9 @@ class Stage(RuleBasedStateMachine):
     def at_a_stop(self, who: int) -> Live:
         """A session whose run stands at a stop; one is brought there if there is none."""
         if not any(map(stopped, self.lives)):
-            while not self.free or len(self.lives) >= MOST:
+            while not self.free or len(self.lives) >= MOST or self.open(who) is None:
                 self.close(self.lives[who % len(self.lives)])
-            live = self.adopt(self.dj.session(who), Shadow(Script(seeds=((0, who),))))
-            self.lives.append(live)
+            live = self.lives[-1]
             call = Call("generate", prompt(who, 9), 5, SamplingSpec(do_sample=bool(who % 2)))
             self.begin(live, call, [djinn.break_at("resid_post.*")], ("logits",))
             for _ in range(1 + who % 5):
@@ -314,16 +315,18 @@ class Stage(RuleBasedStateMachine):
             if self.sound:
                 for live in list(self.lives):
                     self.end(live)
-                if engine.device.type == "cuda":
-                    torch.cuda.synchronize()
-                assert not any(bool(t[:-1].any()) for pair in engine.arena.layers for t in pair), "a row is not zero"
-                assert engine.arena.free_rows == ROWS and not engine.sessions
+                settle(self.dj)
+                assert engine.arena.free_rows == self.setup.rows and not engine.sessions
+                assert all(holds(engine.arena, row, self.setup.unowned) for row in range(self.setup.rows))
+                self.saved.clear()
+                memory = self.dj.memory()
+                assert memory["pinned_used"] <= self.before and memory["disk"] == 0, memory
         finally:
             for session in list(engine.sessions):
                 session.close()
-            for pair in engine.arena.layers:
-                for tensor in pair:
-                    tensor.zero_()
+            self.held.close()
+            for row in range(engine.arena.rows + 1):
+                fill(engine.arena, row, 0.0)
             engine.sites = engine.table.select(acts.SITES)
             torch.set_num_threads(self.threads)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -11,27 +12,36 @@ from hypothesis import HealthCheck, settings
 
 from tests.backends import BACKEND
 from tests.families import CHUNK
-from tests.runtime.machine import BEGAN, DEVICE, SECONDS, Stage
+from tests.runtime.machine import BEGAN, SECONDS, Stage
+from tests.runtime.setups import DEVICE, Setup
 
 EXAMPLES = int(os.environ.get("DJINN_STATE_EXAMPLES", "200"))
 
-_MADE: dict[tuple[object, ...], Any] = {}
+_MADE: dict[Setup, Any] = {}
 
 
 def machine(
-    base: type[Stage], name: str, share: int, *, invariant: bool = False, chunk: int = CHUNK, backend: str = "eager"
+    base: type[Stage],
+    name: str,
+    share: int,
+    *,
+    invariant: bool = False,
+    chunk: int = CHUNK,
+    backend: str = "eager",
+    tight: bool = False,
+    poison: bool = False,
 ) -> Any:
     """The test of one model; ``share`` of the examples in percent.
 
     ``DJINN_TEST_BACKEND`` has the last word. Two tests that it makes equal become one, with both shares: None is
     returned for the second.
     """
-    choice = {"model": name, "invariant": invariant, "chunk": chunk, "backend": BACKEND or backend}
-    known = _MADE.get(tuple(choice.values()))
+    choice = Setup(name, invariant, chunk, BACKEND or backend, tight, poison)
+    known = _MADE.get(choice)
     if known is not None:
         known.settings = _settings(known.settings.max_examples + _count(share))
         return None
-    made: Any = type(f"{base.__name__} {choice}", (base,), choice)
+    made: Any = type(f"{base.__name__} {choice}", (base,), {"setup": choice, "seen": Counter()})
     given: Any = made.TestCase
 
     class Case(given):  # type: ignore[misc]
@@ -46,9 +56,11 @@ def machine(
             try:
                 super().runTest()
             finally:
-                print(f"{choice} on {DEVICE}: {made.examples} examples, {time.monotonic() - begun:.0f} s")
+                seen, took = dict(made.seen), time.monotonic() - begun
+                count = seen.pop("examples", 0)
+                print(f"{vars(choice)} on {DEVICE}: {count} examples, {took:.0f} s, {seen}")
 
-    _MADE[tuple(choice.values())] = Case
+    _MADE[choice] = Case
     return Case
 
 

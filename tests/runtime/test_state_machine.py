@@ -27,12 +27,13 @@ from tests.families import WIDTH, prompt
 from tests.oracle import Call, Change, Script
 from tests.runtime import acts
 from tests.runtime.live import Against
-from tests.runtime.machine import MOST, Stage, anyone, busy, has_run, some, steered, stopped
+from tests.runtime.machine import MOST, anyone, busy, has_run, some, steered, stopped
 from tests.runtime.machines import machine
+from tests.runtime.recovery import Recovery
 from tests.session_script import Shadow, Target
 
 
-class Sessions(Stage):
+class Sessions(Recovery):
     """What users do."""
 
     # -- calls ---------------------------------------------------------------------------------
@@ -116,12 +117,14 @@ class Sessions(Stage):
             self.refused(lambda: live.stop.fork(len(seeds), given), live)
         elif len(self.lives) + len(seeds) <= MOST:
             with self.acting(live) as touched:
-                for seed, stop in zip(seeds, live.stop.fork(len(seeds), given), strict=True):
+                count = len(seeds) + (not live.session.resident)
+                stops = self.newcomer(count, lambda: live.stop.fork(len(seeds), given), live)
+                for seed, stop in zip(seeds, stops or (), strict=stops is not None):
                     child = self.adopt(stop.session, live.shadow.fork(self.world, seed if own else None))
                     child.equal("the fork's stop", stop, child.run.stop)
                     live.children.append(child)
                     touched.append(child)
-            self.then(live.children[-1], then)
+            self.then(live.children[-1] if stops else live, then)
 
     @some(lambda live: len(live.stale) > 1)
     @rule(who=acts.PICK)
@@ -232,9 +235,10 @@ class Sessions(Stage):
         elif act == "offload" and live.session.pinned:
             self.refused(live.session.offload, live, error=djinn.InvalidValue)
         elif act == "offload":
+            size = live.session.extent * self.dj.engine.arena.bytes_per_position
             with self.acting(live):
-                live.session.offload()
-                assert not live.session.resident
+                left = self.roomy(size, lambda: (live.session.offload(), True))
+                live.equal("resident", live.session.resident, left is None)
         else:
             self.close(live)
 
@@ -244,8 +248,11 @@ class Sessions(Stage):
         live = self.at_a_stop(who) if who % 3 else self.pick(who, anyone)
         self.touch(live, touch)
         with self.acting(live):
-            made = live.stop.checkpoint() if stopped(live) and who % 2 else live.session.checkpoint()
-            self.saved = [*self.saved, (made, live.shadow.copy(), self.more)]
+            take = live.stop.checkpoint if stopped(live) and who % 2 else live.session.checkpoint
+            size = live.session.extent * self.dj.engine.arena.bytes_per_position + acts.LARGEST
+            made = self.roomy(size, take)
+            if made is not None:
+                self.saved = [*self.saved, (made, live.shadow.copy(), self.more)]
 
     @precondition(lambda self: bool(self.saved))
     @rule(which=acts.PICK, through_file=st.booleans(), point=st.none() | acts.breakpoints(), then=acts.THEN)
@@ -264,8 +271,11 @@ class Sessions(Stage):
         points = [point] if point and shadow.script.calls else []
         shadow.points += self.armed(points)
         with self.acting() as touched:
-            touched.append(self.adopt(self.dj.restore(made, breakpoints=points, exact=had == self.more), shadow))
-        self.then(touched[0], then)
+            back = self.newcomer(1, lambda: self.dj.restore(made, breakpoints=points, exact=had == self.more))
+            if back is not None:
+                touched.append(self.adopt(back, shadow))
+        if touched:
+            self.then(touched[0], then)
 
     # -- several -------------------------------------------------------------------------------
 
@@ -316,7 +326,7 @@ class Sessions(Stage):
     ) -> None:
         """``dj.generate``: more prompts than there are free rows wait for one."""
         self.batches += 1
-        prompts = prompts if self.invariant else prompts[:1]
+        prompts = prompts if self.setup.invariant else prompts[:1]
         made = [] if edit is None else [acts.make_edit("resid_post.0", WIDTH, **edit)]
         shared: dict[str, Any] = {"edits": made, "breakpoints": points, "capture": ("attn_q.1",), "seeds": prompts}
         shared |= {"max_new_tokens": call.new or 2, "output_logits": True, **vars(call.sampling)}
@@ -325,7 +335,9 @@ class Sessions(Stage):
             self.refused(lambda: self.dj.generate(texts, **shared))
             return
         with self.acting():
-            results = self.dj.generate(texts, **shared)
+            results = self.newcomer(1, lambda: self.dj.generate(texts, **shared)) or []
+        if not results:
+            return
         for seed, text, result in zip(prompts, texts, results, strict=True):
             changes = tuple(Change((0, -1), edit.site, edit) for edit in made)
             shadow = Shadow(Script(seeds=((0, seed),), changes=changes))
@@ -335,12 +347,16 @@ class Sessions(Stage):
             Against(f"prompt {seed} of dj.generate", shadow).check_result(self.world, result)
 
 
-TestGPT2 = machine(Sessions, "gpt2", 15)
-TestGPT2Static = machine(Sessions, "gpt2", 15, backend="static")
-TestGPT2Invariant = machine(Sessions, "gpt2", 10, invariant=True)
-TestGPT2InvariantStatic = machine(Sessions, "gpt2", 15, invariant=True, backend="static")
+TestGPT2 = machine(Sessions, "gpt2", 10)
+TestGPT2Static = machine(Sessions, "gpt2", 10, backend="static")
+TestGPT2Invariant = machine(Sessions, "gpt2", 5, invariant=True)
+TestGPT2InvariantStatic = machine(Sessions, "gpt2", 10, invariant=True, backend="static")
 TestGPT2TokenByToken = machine(Sessions, "gpt2", 5, chunk=1)
-TestLlama = machine(Sessions, "llama-bf16", 10, backend="static")
-TestLlamaInvariant = machine(Sessions, "llama", 10, invariant=True, chunk=20)
-TestMistral = machine(Sessions, "mistral", 10)
-TestMistralInvariant = machine(Sessions, "mistral", 10, invariant=True, backend="static")
+TestGPT2Tight = machine(Sessions, "gpt2", 10, tight=True, poison=True)
+TestGPT2TightStatic = machine(Sessions, "gpt2", 10, backend="static", tight=True)
+TestLlama = machine(Sessions, "llama-bf16", 5, backend="static", poison=True)
+TestLlamaInvariant = machine(Sessions, "llama", 5, invariant=True, chunk=20)
+TestLlamaTight = machine(Sessions, "llama", 10, invariant=True, backend="static", tight=True, poison=True)
+TestMistral = machine(Sessions, "mistral", 5)
+TestMistralInvariant = machine(Sessions, "mistral", 5, invariant=True, backend="static", poison=True)
+TestMistralTight = machine(Sessions, "mistral", 10, tight=True)
