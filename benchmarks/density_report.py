@@ -10,9 +10,9 @@ NAMES = {
     "resident": "everything resident",
     "tiers": "djinn_fx, tiers and hints",
     "tiers, no hints": "djinn_fx, tiers, no hints",
-    "recompute": "recomputing the prompt each turn",
-    "per layer": "Hugging Face eager, KV moved layer by layer once a turn",
-    "offloaded cache": "Hugging Face eager, offloaded cache",
+    "recompute": "recomputing each turn",
+    "per layer": "Hugging Face, KV moved each turn",
+    "offloaded cache": "Hugging Face, offloaded cache",
 }
 
 
