@@ -28,6 +28,7 @@ from djinn_fx.runtime.fingerprint import (
 )
 from djinn_fx.runtime.pinned import HostPool
 from djinn_fx.runtime.restore import fill, require_fit
+from djinn_fx.runtime.scarce import memory_for
 from djinn_fx.runtime.snapshot import SessionState, Snapshot, snapshot
 from djinn_fx.runtime.transfer import Parked, Sent, fetch
 from djinn_fx.sites import SiteTable
@@ -122,7 +123,7 @@ class Checkpoint:
         self._lock = threading.Lock()
 
     def _contents(self) -> Contents:
-        with self._lock:
+        with self._lock, memory_for("a checkpoint"):
             if isinstance(self._held, Pending):
                 self._held = self._held.contents()
             return self._held
@@ -193,9 +194,10 @@ class Checkpoint:
         """
         if engine.closed:
             raise SessionClosed("cannot restore: this compiled model was closed; compile it again.")
-        contents = self._contents()
         self._require_model(engine)
-        state = _decode(contents, engine)
+        with memory_for("a restored session"):
+            contents = self._contents()
+            state = _decode(contents, engine)
         require_fit(engine, state)
         if exact:
             self._require_environment(engine)
@@ -207,13 +209,14 @@ class Checkpoint:
         def act() -> Session:
             session = engine.seated_session(state.seed)
             try:
-                engine.arena.arrive(session.row)
-                if parked is None:
-                    engine.arena.write(session.row, [contents.tensors[name] for name in engine.arena.env])
-                else:
-                    engine.transfer.receive(parked, session.row)
+                with memory_for("a restored session"):
                     engine.arena.arrive(session.row)
-                fill(session, state, more, exact)
+                    if parked is None:
+                        engine.arena.write(session.row, [contents.tensors[name] for name in engine.arena.env])
+                    else:
+                        engine.transfer.receive(parked, session.row)
+                        engine.arena.arrive(session.row)
+                    fill(session, state, more, exact)
             except BaseException:
                 session.close()
                 raise
@@ -269,9 +272,10 @@ def take_checkpoint(session: Session, *, between: bool = False, beyond: bool = F
         CapacityError: no host memory is left.
     """
     engine = session.engine
-    taken, values = snapshot(session, between=between)
     row = session.row if session.host is None else None  # nothing writes into what was offloaded: it is shared
-    sent = engine.transfer.send(row, session.length, values, beyond=beyond)
+    with memory_for("a checkpoint"):
+        taken, values = snapshot(session, between=between)
+        sent = engine.transfer.send(row, session.length, values, beyond=beyond)
     parked = session.host or sent.parked
     assert parked is not None
     kept = Kept(parked, session.length, engine.arena.names)

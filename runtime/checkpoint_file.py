@@ -65,7 +65,6 @@ def write_file(
         draft.chmod(mode)
         _seal(draft)
         os.replace(draft, target)
-        _sync_folder(target.parent)
     except (OSError, SafetensorError, MemoryError) as error:
         raise CheckpointError(
             f"cannot write the checkpoint {str(target)!r}: {error}. Nothing changed under that name; see that the "
@@ -74,6 +73,13 @@ def write_file(
     finally:
         with contextlib.suppress(OSError):
             draft.unlink(missing_ok=True)
+    try:
+        _sync_folder(target.parent)
+    except OSError as error:
+        raise CheckpointError(
+            f"the checkpoint {str(target)!r} is written, whole, but its folder cannot be synced: {error}. It can be "
+            "restored; whether it outlasts a power failure is not certain. Save it elsewhere as well."
+        ) from error
     return target
 
 

@@ -26,6 +26,7 @@ from djinn_fx.runtime.programs import ProgramCache, bucket
 from djinn_fx.runtime.results import Result
 from djinn_fx.runtime.run import Run, RunOptions
 from djinn_fx.runtime.sampling import checked_seed
+from djinn_fx.runtime.scarce import memory_for
 from djinn_fx.runtime.session import Session
 from djinn_fx.runtime.stages import Recorder, Stages
 from djinn_fx.runtime.steering import Armed
@@ -189,7 +190,8 @@ class Engine:
 
     def park(self, session: Session, *, beyond: bool = False) -> None:
         """:meth:`offload` into the host memory that is free now; with ``beyond``, into ordinary memory."""
-        sent = self.transfer.send(session.row, session.extent, leaving=True, beyond=beyond)
+        with memory_for("a session that moves off the device"):
+            sent = self.transfer.send(session.row, session.extent, leaving=True, beyond=beyond)
         self._drop_ahead(session.row)
         session.host = sent.parked
         self.arena.vacated(session.row)
@@ -219,7 +221,8 @@ class Engine:
         """Begin to copy a session's KV into a free row."""
         row = self.arena.take()[0]
         try:
-            self.transfer.receive(host, row)
+            with memory_for("a session that comes back to the device"):
+                self.transfer.receive(host, row)
         except BaseException:
             self._vacate(row)
             raise

@@ -12,6 +12,7 @@ from djinn_fx.runtime.flight import Flight
 from djinn_fx.runtime.launch import LaunchValues
 from djinn_fx.runtime.planner import flight_of
 from djinn_fx.runtime.run import Run
+from djinn_fx.runtime.scarce import memory_for
 from djinn_fx.runtime.session import Session
 from djinn_fx.runtime.steering import Armed
 from djinn_fx.runtime.steps import Steering, Step
@@ -27,8 +28,9 @@ def arrive(engine: Engine, run: Run, step: Step, site: Site, fired: Sequence[int
     """Put a run into the middle of ``step``, stopped after ``site``; ``fired`` as in :attr:`Stop.fired`."""
     engine.bring_back(run.session)
     engine.arena.settle(run.session.row)  # the step may lie in what a checkpoint is still reading
-    run.flight = execute(engine, run.session, step, site)
-    return deliver(engine, run, site, fired)
+    with memory_for("the step that runs again", "The run does not stand at the stop, but can go on from there"):
+        run.flight = execute(engine, run.session, step, site)
+        return deliver(engine, run, site, fired)
 
 
 def rewind(engine: Engine, run: Run, index: int, site: Site) -> Stop:
@@ -47,6 +49,8 @@ def rewind(engine: Engine, run: Run, index: int, site: Site) -> Stop:
     session.length, session.last_logits = target.start, None
     session.steering = target.steering_at(site.order)
     run.finished, run.finish_reason = False, None
+    run.flight = Flight(target)  # where memory runs out now, the run goes on from there
+    run.stand_at(None)
     return arrive(engine, run, target, site)
 
 
@@ -62,25 +66,37 @@ def fork(engine: Engine, run: Run, n: int, seeds: Sequence[int] | None) -> list[
     value = stop.checked_value()
     engine.bring_back(session)
     engine.tiers.make_room(n, (session,))
-    rows = engine.arena.take(n)
-    for row in rows:
-        engine.arena.arrive(row)
-    engine.arena.copy(session.row, rows, session.extent)
-    site = engine.table.get(stop.site)
-    made = []
-    for index, row in enumerate(rows):
-        child = Session(engine, row, session.seed)
-        child.inherit(session, session.seed if seeds is None else int(seeds[index]))
-        engine.sessions.append(child)
-        session.children.append(child)
-        child.parent = session
-        twin = run.twin(child)
-        twin.flight = _copy_flight(engine, flight_of(run), row)
-        child.adopt(twin)
-        copied = deliver(engine, twin, site, stop.fired)
-        copied.value = value
-        made.append(copied)
+    children = [_child(engine, session, row) for row in engine.arena.take(n)]
+    try:
+        with memory_for("a fork"):
+            rows = [child.row for child in children]
+            for row in rows:
+                engine.arena.arrive(row)
+            engine.arena.copy(session.row, rows, session.extent)
+            site = engine.table.get(stop.site)
+            made = []
+            for index, child in enumerate(children):
+                child.inherit(session, session.seed if seeds is None else int(seeds[index]))
+                twin = run.twin(child)
+                twin.flight = _copy_flight(engine, flight_of(run), child.row)
+                child.adopt(twin)
+                copied = deliver(engine, twin, site, stop.fired)
+                copied.value = value
+                made.append(copied)
+    except BaseException:
+        for child in children:
+            child.close()
+        raise
     return made
+
+
+def _child(engine: Engine, parent: Session, row: int) -> Session:
+    """A session that closes with its parent, on a row that was taken for it."""
+    child = Session(engine, row, parent.seed)
+    engine.sessions.append(child)
+    parent.children.append(child)
+    child.parent = parent
+    return child
 
 
 def _copy_flight(engine: Engine, flight: Flight, row: int) -> Flight:

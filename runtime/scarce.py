@@ -1,0 +1,35 @@
+"""Memory that runs out: what a session cannot have becomes a :class:`CapacityError`, and costs nobody else anything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from djinn_fx.errors import CapacityError, DjinnError
+
+
+@contextmanager
+def memory_for(what: str, after: str = "Nothing changed, and every session can go on") -> Iterator[None]:
+    """Inside, memory that the device or the system refuses is a :class:`CapacityError`; the caller undoes its work.
+
+    Args:
+        what: what it is needed for.
+        after: how things stand where there is none.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, DjinnError) or not out_of_memory(error):
+            raise
+        said = str(error).partition("\n")[0][:200]
+        raise CapacityError(
+            f"there is no memory for {what} ({type(error).__name__}: {said}). {after}. Free memory (del tensors, "
+            "torch.cuda.empty_cache()), or compile with smaller limits."
+        ) from error
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out; the CPU's allocator has no class of its own for it."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
