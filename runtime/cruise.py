@@ -47,10 +47,11 @@ def cruise(engine: Engine, runs: Sequence[Run]) -> None:
     going = [True] * len(runs)
     while flying:
         with engine.lock:
+            left = _launch_more(loop, flying, left if all(going) else 0)
+        tokens = flying.popleft().tokens()  # the device is waited for without the lock, which others want too
+        with engine.lock:
             if any(run.halting or run.session.steering is not now for run, now in zip(runs, steering, strict=True)):
                 return
-            left = _launch_more(loop, flying, left if all(going) else 0)
-            tokens = flying.popleft().tokens()
             moved = [run for run, goes in zip(runs, going, strict=True) if goes]
             for index, run in enumerate(runs):
                 if going[index]:

@@ -112,8 +112,8 @@ def arrive(engine: Engine, riders: Riders) -> None:
     """Make the riders' step history, and tell their users; waits for the device. The caller holds no lock."""
     if riders.launch is None:
         return
+    tokens = riders.launch.tokens()
     with engine.lock:
-        tokens = riders.launch.tokens()
         for run, seat in zip(riders.runs, riders.seats, strict=True):
             commit(engine, run, seat.row.step, tokens[seat.lane])
     tell(riders.runs)

@@ -144,7 +144,7 @@ def test_a_session_that_shares_its_steps_with_others(tmp_path: Path) -> None:
     ]
     others = [dj.session(seed=i + 2) for i in range(2)]
     stops = [next(start(other, ["resid_post.0"])) for other in others]
-    saved: list[tuple[Run, Path]] = []
+    saved: list[tuple[Run, Path | str]] = []
     for stop in dj.as_stopped([*runs, *(stop.run for stop in stops)]):
         edit(stop)
         if stop.phase == "generated":

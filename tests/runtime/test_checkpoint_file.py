@@ -86,7 +86,7 @@ def test_every_flipped_byte_is_noticed(path: Path, mask: int) -> None:
 
 def test_a_blank_that_becomes_another_blank_is_noticed(tmp_path: Path) -> None:
     for count in range(16):  # until the header's length asks for padding
-        path = write_file(tmp_path / "a", {"filler": "x" * count}, TENSORS)
+        path = Path(write_file(tmp_path / "a", {"filler": "x" * count}, TENSORS))
         whole = path.read_bytes()
         end = 8 + int.from_bytes(whole[:8], "little")
         if whole[end - 1 : end] == b" ":

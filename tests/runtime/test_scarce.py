@@ -47,9 +47,7 @@ def begun(dj: djinn.Dj, steps: int) -> list[Run]:
     for seed in range(COUNT):
         session = dj.session(seed)
         runs.append(
-            session.generate(
-                prompt(LONG, seed), max_new_tokens=NEW, output_logits=True, breakpoints=["resid_post.0"]
-            )
+            session.generate(prompt(LONG, seed), max_new_tokens=NEW, output_logits=True, breakpoints=["resid_post.0"])
         )
         for _ in range(steps):
             next(runs[-1])
@@ -163,7 +161,7 @@ def test_a_full_disk_loses_nothing(
         session.generate(None, max_new_tokens=2).run_to_end()
         with monkeypatch.context() as patched:
             patched.setattr(place, name, refuse)
-            with pytest.raises(djinn.CheckpointError, match="No space left on device.*Nothing changed"):
+            with pytest.raises(djinn.CheckpointError, match=r"No space left on device.*Nothing changed"):
                 session.checkpoint().save(path)
             saver.save_now()
             assert [str(error) for error in saver.errors if "No space left" in str(error)], saver.errors
@@ -201,7 +199,7 @@ def test_a_disk_that_fills_up_while_a_session_goes_there(tmp_path: Path, monkeyp
             next(run)
         folder = dj.engine.tiers.disk._place()
         (folder / "1.kv").symlink_to("/dev/full")
-        with pytest.raises(djinn.CapacityError, match="the disk refuses .* No space left on device"):
+        with pytest.raises(djinn.CapacityError, match=r"the disk refuses .* No space left on device"):
             dj.session()
         assert sorted(s.tier for s in sessions) == ["device", "host"] and dj.memory()["disk"] == 0
         third = dj.session()  # there is room on the disk now
@@ -211,7 +209,9 @@ def test_a_disk_that_fills_up_while_a_session_goes_there(tmp_path: Path, monkeyp
             assert_same(run.result(), result)
 
 
-def test_an_autosave_that_fails_in_any_way_goes_on(dj: djinn.Dj, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_autosave_that_fails_in_any_way_goes_on(
+    dj: djinn.Dj, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with dj.session() as session, dj.autosave(tmp_path, every=0.02) as saver:
         with monkeypatch.context() as patched:
             patched.setattr("djinn_fx.runtime.autosave.Mark", raises(ZeroDivisionError("a fault of ours")))

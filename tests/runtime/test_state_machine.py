@@ -237,7 +237,7 @@ class Sessions(Recovery):
         elif act == "offload":
             size = live.session.extent * self.dj.engine.arena.bytes_per_position
             with self.acting(live):
-                left = self.roomy(size, lambda: (live.session.offload(), True))
+                left = self.roomy(size, lambda: live.session.offload() or True)  # type: ignore[func-returns-value]
                 live.equal("resident", live.session.resident, left is None)
         else:
             self.close(live)
