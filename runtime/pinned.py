@@ -112,10 +112,11 @@ class HostPool:
         limit: bytes that all slabs together may take.
         pinned: whether the memory is pinned for a GPU, else it is ordinary memory.
         slab: bytes of a slab.
+        growing: whether a slab for one longer block has room for it to grow.
     """
 
-    def __init__(self, limit: int, *, pinned: bool, slab: int = SLAB) -> None:
-        self.limit, self._pinned, self._slab = limit, pinned, slab
+    def __init__(self, limit: int, *, pinned: bool, slab: int = SLAB, growing: bool = True) -> None:
+        self.limit, self._pinned, self._slab, self._growing = limit, pinned, slab, growing
         self._slabs: list[_Slab] = []
         self._lock = threading.Lock()
         # Dropped blocks. Only appended to by the collector, which may run anywhere, inside our own lock too.
@@ -169,7 +170,8 @@ class HostPool:
         room = self.limit - self.capacity
         if size > room:
             return None
-        wanted = self._slab if size <= self._slab else _up(size + size // SLACK, PAGE)
+        longer = size // SLACK if self._growing else 0
+        wanted = self._slab if size <= self._slab else _up(size + longer, PAGE)
         nbytes = min(wanted, room)
         try:
             self._slabs.append(_Slab(nbytes, self._pinned))
@@ -206,7 +208,7 @@ class HostPool:
 
 def ordinary(nbytes: int) -> HostPool:
     """Host memory for one block, not pinned and beyond every budget."""
-    return HostPool(nbytes + (1 << 16), pinned=False, slab=nbytes)
+    return HostPool(nbytes + (1 << 16), pinned=False, slab=nbytes, growing=False)
 
 
 def outside_inference() -> AbstractContextManager[object]:

@@ -254,7 +254,7 @@ class ProgramFeed:
 def _host_memory(layers: Sequence[Layer], *, pinned: bool) -> list[torch.Tensor]:
     """A stretch of host memory for each layer."""
     pages = [-(-layer.nbytes // PAGE) * PAGE for layer in layers]
-    pool = HostPool(sum(pages), pinned=pinned, slab=PAGE)
+    pool = HostPool(sum(pages), pinned=pinned, slab=PAGE, growing=False)
     try:
         return [pool.take(layer.nbytes).tensor for layer in layers]
     except CapacityError as error:

@@ -145,6 +145,7 @@ class Stage(RuleBasedStateMachine):
             needed: bytes of host memory in one piece that make it certain.
             act: what may be refused.
         """
+        settle(self.dj)
         self.dj.engine.pool.used  # noqa: B018 -- it takes back what was dropped
         pool = self.dj.engine.pool
         free = [size for slab in pool._slabs for _, size in slab.free]

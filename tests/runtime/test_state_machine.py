@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import initialize, precondition, rule
 
 import djinn_fx as djinn
+from djinn_fx.runtime.session import Session
 from tests.families import WIDTH, prompt
 from tests.oracle import Call, Change, Script
 from tests.runtime import acts
@@ -31,6 +33,12 @@ from tests.runtime.machine import MOST, anyone, busy, has_run, some, steered, st
 from tests.runtime.machines import machine
 from tests.runtime.recovery import Recovery
 from tests.session_script import Shadow, Target
+
+
+def _offloaded(session: Session) -> bool:
+    """Send a session away."""
+    session.offload()
+    return True
 
 
 class Sessions(Recovery):
@@ -237,7 +245,7 @@ class Sessions(Recovery):
         elif act == "offload":
             size = live.session.extent * self.dj.engine.arena.bytes_per_position
             with self.acting(live):
-                left = self.roomy(size, lambda: live.session.offload() or True)  # type: ignore[func-returns-value]
+                left = self.roomy(size, partial(_offloaded, live.session))
                 live.equal("resident", live.session.resident, left is None)
         else:
             self.close(live)
