@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 from collections.abc import Iterable
 from functools import partial
@@ -25,6 +26,9 @@ from djinn_fx.runtime.streaming import Weights
 #: Most host memory that checkpoints in memory and offloaded sessions may take.
 PINNED_BYTES = 4 << 30
 
+#: Seconds that a call waits at most for a row that another thread is using.
+ROW_WAIT = 30.0
+
 #: Positions per session where the user does not say.
 MAX_LENGTH = 1024
 
@@ -45,6 +49,7 @@ def compile(
     pinned_bytes: int = PINNED_BYTES,
     disk_bytes: int = 0,
     spill_dir: str | os.PathLike[str] | None = None,
+    row_wait: float = ROW_WAIT,
     verify: bool = True,
     device: torch.device | str | None = None,
     weights_bytes: int | None = None,
@@ -76,6 +81,7 @@ def compile(
     pinned_bytes: int = PINNED_BYTES,
     disk_bytes: int = 0,
     spill_dir: str | os.PathLike[str] | None = None,
+    row_wait: float = ROW_WAIT,
     verify: bool = True,
     device: torch.device | str | None = None,
     weights_bytes: int | None = None,
@@ -102,6 +108,7 @@ def compile(
         pinned_bytes: most host memory that checkpoints in memory and sessions off the device may take.
         disk_bytes: most bytes of files that sessions go to when that is full; 0: none.
         spill_dir: folder for those files; None: the system's folder for temporary files.
+        row_wait: seconds that a call waits at most for a KV row that another thread is using; then CapacityError.
         verify: compare the captured model with the eager one before returning.
         device: where to run a language model that lies on the CPU: its weights are copied there. Default: where it is.
         weights_bytes: most device memory that the weights may take. Layers that do not fit lie in host memory (pinned,
@@ -130,6 +137,8 @@ def compile(
     ):
         if value < 1:
             raise InvalidValue(f"{name}={value}: give 1 or more.")
+    if not 0 <= row_wait <= threading.TIMEOUT_MAX:
+        raise InvalidValue(f"row_wait={row_wait}: give seconds, 0 or more.")
     weights = _weights_of(model, device, weights_bytes)
     stand_in = None if weights is None else weights.stand_in
     source = prepare(model, stand_in=stand_in)
@@ -153,6 +162,7 @@ def compile(
         vocab_size=source.vocab_size or 0,
         pinned_bytes=pinned_bytes,
         disk_bytes=disk_bytes,
+        row_wait=row_wait,
         spill_dir=None if spill_dir is None else os.fspath(spill_dir),
         chunk_step=4 if backend == "inductor" else 2,  # each size is a compilation
         static=backend == "inductor",

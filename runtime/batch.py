@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -174,7 +175,8 @@ def _admit(
         try:
             for edit in request.edits:
                 session.steer(edit)
-            live[request.index] = begin(session, request)
+            live[request.index] = run = begin(session, request)
+            run.owner = threading.get_ident()  # other threads wait for its row, they do not take it between two steps
         except BaseException:
             session.close()
             raise

@@ -33,6 +33,7 @@ def claimed(runs: Sequence[Run]) -> Iterator[None]:
     finally:
         for run, owner in zip(runs, before, strict=True):
             run.owner = owner
+        runs[0].session.engine.tiers.line.call()
 
 
 @contextmanager

@@ -42,7 +42,7 @@ def iterate(engine: Engine, runs: Sequence[Run]) -> list[Stop]:
     """
     grad = torch.is_grad_enabled()  # callbacks shall see it, and leaving inference mode would turn it on
     with _driving(engine, runs), torch.inference_mode(False), torch.set_grad_enabled(grad):
-        engine.tiers.roomy(partial(_come, engine, runs))
+        engine.tiers.roomy(partial(_come, engine, runs), runs)
         for run in runs:
             arriving = engine.arena.on_the_way(run.session.row)
             if arriving is not None:

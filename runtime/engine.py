@@ -154,14 +154,16 @@ class Engine:
 
         Args:
             seed: of what it draws.
-            keep: sessions that stay on the device.
+            keep: sessions that stay on the device; whoever has some does not wait for a row, and lets others go first.
 
         Raises:
             CapacityError: no row can be had, or there is no place for what is in it.
             InvalidValue: a seed that is no integer of 64 bits.
         """
         seed = checked_seed(seed)
-        return self.tiers.roomy(lambda: self.seated_session(seed, keep))
+        if keep and not self.tiers.line.empty:
+            raise CapacityError("others wait for the next row that comes free.")
+        return self.tiers.roomy(lambda: self.seated_session(seed, keep), patient=not keep)
 
     def seated_session(self, seed: int, keep: Sequence[Session] = ()) -> Session:
         """:meth:`open_session` for callers that :meth:`Tiers.roomy` calls."""
@@ -177,6 +179,7 @@ class Engine:
             self._vacate(session.row)
         session.host = None
         self.sessions.remove(session)
+        self.tiers.line.call()
 
     def offload(self, session: Session) -> None:
         """Move a session's KV to the host and free its row; on CUDA both are only begun.
@@ -287,16 +290,13 @@ class Engine:
 
     def iterate(self, runs: Sequence[Run]) -> list[Stop]:
         """See :func:`djinn_fx.runtime.driver.iterate`; before it, whoever waits for one of the sessions is let in."""
-        if self.visits:
-            self._receive(runs)
-        return driver.iterate(self, runs)
-
-    def _receive(self, runs: Sequence[Run]) -> None:
-        with self.lock:
-            for run in runs:
-                visit = self.visits.pop(run.session, None)
-                if visit is not None:
-                    visit()
+        for run in runs if self.visits else ():
+            with self.lock:
+                self.visits.pop(run.session, _nothing)()
+        try:
+            return driver.iterate(self, runs)
+        finally:
+            self.tiers.line.call()
 
     def result_of(self, run: Run) -> Result:
         """The outcome of a finished run."""
@@ -342,3 +342,7 @@ class Engine:
                 session.close()
             self.closed = True
         self.tiers.disk.close()
+
+
+def _nothing() -> None:
+    """In the place of a visit that nobody asked for."""

@@ -29,6 +29,7 @@ class EngineOptions:
         eos: tokens that end generation.
         vocab_size: tokens are below this.
         max_bucket: rows of the largest decode program.
+        row_wait: seconds that a call waits at most for a row that another thread is using.
         chunk_step: factor between the sizes that prompt chunks are padded to.
         static: decode through programs over static buffers, on CUDA as CUDA graphs.
         pinned_bytes: most host memory that offloaded sessions and checkpoints in memory may take.
@@ -47,5 +48,6 @@ class EngineOptions:
     pinned_bytes: int = 4 << 30
     disk_bytes: int = 0
     spill_dir: str | None = None
+    row_wait: float = 30.0
     chunk_step: int = 2
     static: bool = False

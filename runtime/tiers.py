@@ -6,7 +6,8 @@ one that paused first. Nothing is lost on the way: a move that fails leaves its 
 whoever asked for the room gets a :class:`CapacityError`.
 
 Everything here runs under the engine's lock and only begins what takes long. Where the disk has to be waited for,
-:class:`Waiting` is raised before anything changed; :meth:`Tiers.roomy` waits without the lock and tries again.
+:class:`Waiting` is raised before anything changed, where rows of sessions that other threads drive would do,
+:class:`Crowded`; :meth:`Tiers.roomy` waits without the lock and tries again.
 """
 
 from __future__ import annotations
@@ -14,18 +15,20 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from djinn_fx.errors import CapacityError, CheckpointError
 from djinn_fx.runtime.disk import Disk, Filed
+from djinn_fx.runtime.line import Crowded, Line
 from djinn_fx.runtime.tables import BatchRow
 from djinn_fx.runtime.transfer import Parked
 
 if TYPE_CHECKING:
     from djinn_fx.runtime.engine import Engine
+    from djinn_fx.runtime.run import Run
     from djinn_fx.runtime.session import Session
 
 #: Seconds before its user is expected that a session begins to come back.
@@ -47,29 +50,56 @@ class Tiers:
 
     Attributes:
         disk: the lowest tier.
+        line: of threads that wait for a row.
     """
 
     def __init__(self, engine: Engine, disk: Disk) -> None:
-        self._engine, self.disk = engine, disk
+        self._engine, self.disk, self.line = engine, disk, Line(engine.options.row_wait)
         self._writing: dict[Session, tuple[Parked, Future[Filed]]] = {}
         self._reading: dict[Session, tuple[Filed, Future[Parked]]] = {}
 
-    def roomy(self, act: Callable[[], Found]) -> Found:
-        """Do something that needs rows or host memory, under the lock; the disk is waited for without it.
+    def roomy(self, act: Callable[[], Found], runs: Sequence[Run] = (), *, patient: bool = True) -> Found:
+        """Do something that needs rows or host memory, under the lock; what takes long is waited for without it.
+
+        That is the disk, and rows of sessions that other threads are driving: those for ``row_wait`` seconds at most,
+        and not in a callback, since the run that called it keeps its own row meanwhile.
 
         Args:
-            act: raises :class:`Waiting` before it has changed anything that matters.
+            act: raises :class:`Waiting` or :class:`Crowded` before it has changed anything that matters.
+            runs: the runs that this thread is about to drive.
+            patient: whether it may wait for a row.
 
         Raises:
             CapacityError: there is no room in any tier.
         """
-        while True:
-            try:
-                with self._engine.lock:
-                    return act()
-            except Waiting as waiting:
-                job = waiting.job
-            wait([job])  # what went wrong there is said by the next try
+        deadline: float | None = None
+        try:
+            while True:
+                number, job, full = self.line.number, None, ""
+                try:
+                    with self._engine.lock:
+                        self.line.leave()
+                        return act()
+                except Waiting as waiting:
+                    job = waiting.job
+                except Crowded as crowded:
+                    full = str(crowded)
+                if job is not None:
+                    wait([job])  # what went wrong there is said by the next try
+                    continue
+                if deadline is None:
+                    deadline = time.monotonic() + self._patience(runs, patient)
+                if not self.line.wait(number, deadline, runs):
+                    raise CapacityError(full)
+        finally:
+            self.line.leave()
+
+    def _patience(self, runs: Sequence[Run], patient: bool) -> float:
+        """Seconds that this thread may wait for a row."""
+        me = threading.get_ident()
+        with self._engine.lock:
+            driving = [s.run for s in self._engine.sessions if s.run is not None and s.run.driver == me]
+        return self.line.patience if patient and all(run in runs for run in driving) else 0.0
 
     # -- down ----------------------------------------------------------------------------------
 
@@ -89,8 +119,15 @@ class Tiers:
         self._settle()
         if arena.free_rows >= count:
             return
-        found = self._movable(keep, ahead)
-        if arena.free_rows + len(found) < count:
+        found, driven = self._movable(keep, ahead)
+        missing = count - arena.free_rows - len(found)
+        if missing > 0:
+            if not ahead and missing <= driven:
+                raise Crowded(
+                    f"{count} KV row(s) needed: other threads are driving sessions in the rows that could be had of "
+                    f"{arena.rows}, and did not come to an end within row_wait={self.line.patience:g} seconds (in a "
+                    "callback, at once). Try again, or compile with a larger max_sessions or row_wait."
+                )
             arena.require(count)
         full: str | None = None  # not the error itself: its traceback would keep what lies in these frames
         for session in found:
@@ -119,16 +156,34 @@ class Tiers:
     def seats(self, mine: Collection[Session]) -> int:
         """How many rows these sessions could have at a time: all but those that others cannot leave now."""
         engine = self._engine
-        fixed = [s for s in engine.sessions if s.resident and s not in mine and (s.pinned or not _still(s))]
+        fixed = [s for s in engine.sessions if s.resident and s not in mine and (s.pinned or not self._still(s))]
         return engine.arena.rows - len(fixed)
 
-    def _movable(self, keep: Collection[Session], ahead: bool) -> list[Session]:
-        """Paused sessions on the device that may move, the first to move first."""
-        now = time.monotonic()
-        found = [s for s in self._engine.sessions if s.resident and not s.pinned and s not in keep and _still(s)]
+    def _movable(self, keep: Collection[Session], ahead: bool) -> tuple[list[Session], int]:
+        """Paused sessions on the device that may move, the first to move first.
+
+        Returns:
+            these, and how many more there will be when other threads are through with what they are doing.
+        """
+        now, me, driven = time.monotonic(), threading.get_ident(), 0
+        found = []
+        for session in self._engine.sessions:
+            if not session.resident or session.pinned or session in keep:
+                continue
+            if self._still(session):  # asked once: it may change at any moment
+                found.append(session)
+            elif session.run is not None and session.run.driver != me:
+                driven += 1
         if ahead:
             found = [s for s in found if _left(s, now) > LEAD or (s.idle_hint is None and now - s.paused_at > LEAD)]
-        return sorted(found, key=lambda s: _order(s, now))
+        return sorted(found, key=lambda s: _order(s, now)), driven
+
+    def _still(self, session: Session) -> bool:
+        """Whether no thread is in the middle of something with a session."""
+        run = session.run
+        if run is None or self.line.holds(run):
+            return True
+        return run.driver is None and run.owner in (None, threading.get_ident())
 
     def _spill_one(self, full: str | None) -> None:
         """Begin to write a parked session to the disk and wait for it; the caller has no room else.
@@ -190,7 +245,7 @@ class Tiers:
         except CapacityError:
             # Every tier is full, or in pieces too small. Whoever is here already goes on all the same: the other one
             # waits in ordinary memory, beyond the budget by what this one leaves free there.
-            found = [] if ahead else self._movable((session,), ahead)
+            found = [] if ahead else self._movable((session,), ahead)[0]
             if not found:
                 raise
             self._engine.park(found[0], beyond=True)
@@ -236,7 +291,7 @@ class Tiers:
                 self.bring_back(session, ahead=True)
 
         with suppress(CapacityError, CheckpointError):
-            self.roomy(back)
+            self.roomy(back, patient=False)
 
 
 def refresh(engine: Engine, session: Session) -> None:
@@ -257,12 +312,6 @@ def _hush(session: Session) -> None:
     if session.away is not None:
         session.away.cancel()
         session.away = None
-
-
-def _still(session: Session) -> bool:
-    """Whether no thread is in the middle of something with a session."""
-    run = session.run
-    return run is None or (run.driver is None and run.owner in (None, threading.get_ident()))
 
 
 def _left(session: Session, now: float) -> float:
