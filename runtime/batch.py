@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from djinn_fx.errors import CapacityError, InvalidValue
+from djinn_fx.runtime.claims import quiet
 from djinn_fx.runtime.results import Result
-from djinn_fx.runtime.run import Run, quiet
+from djinn_fx.runtime.run import Run
 from djinn_fx.runtime.sampling import checked_seed
 from djinn_fx.runtime.session import Session
 from djinn_fx.runtime.stop import Stop

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Literal
@@ -12,11 +12,15 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from djinn_fx.errors import InvalidValue, SessionBusy, SessionClosed
+from djinn_fx.notebook import Shown
+from djinn_fx.runtime import showing
 from djinn_fx.runtime.breakpoints import ArmedBreakpoint
+from djinn_fx.runtime.claims import claimed, quiet
 from djinn_fx.runtime.flight import Flight
 from djinn_fx.runtime.results import Cache, Result, StepRecord
 from djinn_fx.runtime.sampling import SamplingSpec, checked_seed
 from djinn_fx.sites import Site, require_compiled
+from djinn_fx.views import View
 
 if TYPE_CHECKING:
     from djinn_fx.runtime.session import Session
@@ -52,7 +56,7 @@ class Target:
     order: int
 
 
-class Run:
+class Run(Shown):
     """One call, lazily executed. Iterating it yields stops; advancing resumes.
 
     A run that is not advanced is paused. Leaving the loop leaves it stopped; iterating again goes on.
@@ -299,48 +303,13 @@ class Run:
         }
         return Cache(self.session.engine.table, values, batched=False)
 
+    def describe(self) -> View:
+        """State, tokens and stops; notebooks show it."""
+        return showing.run_view(self)
+
     def __repr__(self) -> str:
         state = f"finished: {self.finish_reason}" if self.finished else f"at {self._stop!r}" if self._stop else "paused"
         return f"Run({self.options.kind}, {self.tokens.numel()} tokens, {state})"
 
     def __reduce__(self) -> str | tuple[object, ...]:
         raise TypeError("a Run does not pickle; use session.checkpoint().save(path).")
-
-
-@contextmanager
-def claimed(runs: Sequence[Run]) -> Iterator[None]:
-    """Keep other threads from driving these runs; one thread may nest.
-
-    Raises:
-        SessionBusy: another thread drives one of them.
-    """
-    if not runs:
-        yield
-        return
-    with runs[0].session.engine.lock:
-        for run in runs:
-            if run.owner not in (None, threading.get_ident()):
-                run.require_still()
-        before = [run.owner for run in runs]
-        for run in runs:
-            run.owner = threading.get_ident()
-    try:
-        yield
-    finally:
-        for run, owner in zip(runs, before, strict=True):
-            run.owner = owner
-
-
-@contextmanager
-def quiet(runs: Sequence[Run]) -> Iterator[None]:
-    """While entered, runs pass over their breakpoints, and no other thread drives them."""
-    with claimed(runs):
-        for run in runs:
-            run.require_still()
-        for run in runs:
-            run.silent = True
-        try:
-            yield
-        finally:
-            for run in runs:
-                run.silent = False

@@ -1,0 +1,50 @@
+"""Claims: while one thread drives some runs, no other does."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from djinn_fx.runtime.run import Run
+
+
+@contextmanager
+def claimed(runs: Sequence[Run]) -> Iterator[None]:
+    """Keep other threads from driving these runs; one thread may nest.
+
+    Raises:
+        SessionBusy: another thread drives one of them.
+    """
+    if not runs:
+        yield
+        return
+    with runs[0].session.engine.lock:
+        for run in runs:
+            if run.owner not in (None, threading.get_ident()):
+                run.require_still()
+        before = [run.owner for run in runs]
+        for run in runs:
+            run.owner = threading.get_ident()
+    try:
+        yield
+    finally:
+        for run, owner in zip(runs, before, strict=True):
+            run.owner = owner
+
+
+@contextmanager
+def quiet(runs: Sequence[Run]) -> Iterator[None]:
+    """While entered, runs pass over their breakpoints, and no other thread drives them."""
+    with claimed(runs):
+        for run in runs:
+            run.require_still()
+        for run in runs:
+            run.silent = True
+        try:
+            yield
+        finally:
+            for run in runs:
+                run.silent = False
