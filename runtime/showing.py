@@ -93,37 +93,42 @@ def _said(spec: Breakpoint) -> str:
 
 
 def _lens(stop: Stop, value: torch.Tensor, marks: Sequence[int]) -> Table:
-    """The likeliest next tokens at the last positions, and at those that fired, if the model ended here."""
-    engine, last = stop.session.engine, len(stop.positions) - 1
-    chosen = sorted({*marks[-LENSES:], *range(max(0, last + 1 - LENSES), last + 1)})[-LENSES:]
+    """The positions that fired and the last one, each with its likeliest next tokens if the model ended here."""
+    last = len(stop.positions) - 1
+    some = len(marks) <= last  # not just all of them
+    chosen = sorted({*marks[1 - LENSES :], last}) if marks and some else [*range(last + 1)][-LENSES:]
     rows = value[chosen]
-    norms = norms_of(rows)
-    words: list[tuple[Cell, ...]] = [() for _ in chosen]
-    columns, note = ("position", "token", "norm"), ""
-    try:
-        logits = _logits(stop, rows)
-        if logits is not None and not bool(torch.isfinite(logits).any(-1).all()):
-            logits, note = None, "no logit lens: it holds nothing finite"
-    except Exception as error:  # a lens that cannot be had must not hide the rest
-        logits, note = None, f"no logit lens: {type(error).__name__}: {error}"
-    if logits is not None:
-        best = logits.float().softmax(-1).topk(min(WORDS, logits.shape[-1]))
-        shares, tokens = best.values.tolist(), best.indices.tolist()
-        columns = (*columns, *(["likeliest next"] + [""] * (len(tokens[0]) - 1)))
-        words = [
-            tuple(Share(word(engine, int(token)), share) for token, share in zip(*pair, strict=True))
-            for pair in zip(tokens, shares, strict=True)
-        ]
-    elif not note:
-        note = "the logit lens is shown at residual sites and at logits"
+    words, note = _words(stop, rows)
+    most = max(map(len, words), default=0)
+    title = "logit lens: what the model would say if it ended here" if most else ""
+    columns = ("position", "token", "norm", *["likeliest next", *[""] * most][:most])
     own = stop.within.tokens[-len(stop.positions) :]
     cells = tuple(
-        (str(stop.positions[index]), word(engine, own[index]), short(norm), *more)
-        for index, norm, more in zip(chosen, norms, words, strict=True)
+        (str(stop.positions[index]), word(stop.session.engine, own[index]), short(norm), *more)
+        for index, norm, more in zip(chosen, norms_of(rows), words, strict=True)
     )
-    title = "logit lens: what the model would say if it ended here" if logits is not None else ""
-    strong = tuple(place for place, index in enumerate(chosen) if index in marks and len(marks) < len(stop.positions))
-    return Table(title, columns, (False, True, False) + (True,) * (len(columns) - 3), cells, note, strong)
+    strong = tuple(place for place, index in enumerate(chosen) if some and index in marks)
+    return Table(title, columns, (False, True, False) + (True,) * most, cells, note, strong)
+
+
+def _words(stop: Stop, rows: torch.Tensor) -> tuple[list[tuple[Share, ...]], str]:
+    """The likeliest next tokens of each row, and why there are none."""
+    none: list[tuple[Share, ...]] = [() for _ in rows]
+    try:
+        logits = _logits(stop, rows)
+        if logits is None:
+            return none, "the logit lens is shown at residual sites and at logits"
+        best = logits.float().softmax(-1).topk(min(WORDS, logits.shape[-1]))
+        shares, tokens = best.values.tolist(), best.indices.tolist()
+    except Exception as error:  # a lens that cannot be had must not hide the rest
+        return none, f"no logit lens: {type(error).__name__}: {error}"
+    if any(math.isnan(share) for row in shares for share in row):
+        return none, "no logit lens: its logits are not finite"
+    engine = stop.session.engine
+    return [
+        tuple(Share(word(engine, int(token)), share) for token, share in zip(*pair, strict=True))
+        for pair in zip(tokens, shares, strict=True)
+    ], ""
 
 
 def _logits(stop: Stop, rows: torch.Tensor) -> torch.Tensor | None:

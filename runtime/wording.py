@@ -83,7 +83,7 @@ def row_norms(value: torch.Tensor, axes: int) -> torch.Tensor:
     Of many prompts it is the mean of those that are not all zero there.
     """
     wide = torch.promote_types(value.dtype, torch.float32)
-    norms = torch.linalg.vector_norm(value.reshape(*value.shape[:axes], -1), dim=axes, dtype=wide)
+    norms: torch.Tensor = torch.linalg.vector_norm(value.reshape(*value.shape[:axes], -1), dim=axes, dtype=wide)
     if axes == 2:
         norms = norms.sum(0) / (norms != 0).sum(0).clamp_min(1)
     return norms.reshape(-1)
