@@ -1,0 +1,74 @@
+"""An SAE feature, clamped in the graph.
+
+A small sparse autoencoder is trained on a layer's activations, in seconds. One of its features stands for the mood. Clamped, it holds
+its value at every token, inside the compiled graph: no hook, no stop, and only the feature's own part of the activation
+changes, so the autoencoder's reconstruction error stays in (Templeton et al. 2024 clamp features in this way).
+"""
+
+# ruff: noqa: B018 (a cell's last line is shown)
+
+# %%
+import torch
+
+import djinn_fx as djinn
+from djinn_fx.bundled import contrast, storyteller
+
+torch.manual_seed(0)
+model, tokenizer = storyteller()  # or AutoModelForCausalLM.from_pretrained(...).eval(), AutoTokenizer...
+dj = djinn.compile(model, tokenizer=tokenizer, max_length=128, max_sessions=32)
+pairs, site = contrast(), "resid_post.1"
+
+# %% [markdown]
+# ## Activations
+#
+# Sampled stories, captured while they are told. For a model of your size: `examples/harvest.py`.
+
+# %%
+prompts = [*pairs.joyful, *pairs.gloomy, *pairs.neutral] * 3
+stories = dj.generate(prompts, max_new_tokens=60, do_sample=True, capture=[site])
+x = torch.cat([story.cache[site][1:] for story in stories])  # the first position is like no other
+mean, scale = x.mean(0), x.std()
+print(f"{len(x)} activations of width {x.shape[1]}")
+
+# %% [markdown]
+# ## The autoencoder
+#
+# Encoder, ReLU, decoder of unit columns; squared error and an L1 penalty.
+
+# %%
+width, count = x.shape[1], 256
+encoder = torch.nn.Linear(width, count)
+decoder = torch.nn.Linear(count, width)
+with torch.no_grad():
+    decoder.weight /= decoder.weight.norm(dim=0)
+    encoder.weight.copy_(decoder.weight.T)
+optimizer = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], lr=3e-3)
+for _ in range(600):
+    batch = (x[torch.randint(len(x), (512,))] - mean) / scale
+    features = encoder(batch).relu()
+    loss = (decoder(features) - batch).square().sum(-1).mean() + 1.0 * features.sum(-1).mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    with torch.no_grad():
+        decoder.weight /= decoder.weight.norm(dim=0)
+
+with torch.no_grad():
+    features = encoder((x - mean) / scale).relu()
+    error = (decoder(features) * scale + mean - x).square().sum() / (x - mean).square().sum()
+active = float((features > 0).float().sum(-1).mean())
+print(f"{1 - error:.0%} of the variance explained with {active:.0f} of {count} features at a time")
+assert error < 0.2
+
+# %% [markdown]
+# ## The feature of the mood
+#
+# The one that tells joyful prompts from gloomy ones best, at their last tokens.
+
+# %%
+ends = [dj.run_with_cache(list(side), site, positions=-1, logits=False)[1][site][:, 0] for side in (pairs.joyful, pairs.gloomy)]
+with torch.no_grad():
+    joyful, gloomy = (encoder((end - mean) / scale).relu() for end in ends)
+apart = (joyful.mean(0) - gloomy.mean(0)) / (joyful.std(0) + gloomy.std(0) + 0.1)
+chosen = int(apart.argmax())
+print(f"feature {chosen}: {joyful[:, chosen].mean():.2f} on joyful prompts, {gloomy[:, chosen].mean():.2f} on gloomy ones")
