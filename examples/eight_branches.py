@@ -15,50 +15,65 @@ from djinn_fx.bundled import contrast, storyteller
 model, tokenizer = storyteller()  # or AutoModelForCausalLM.from_pretrained(...).eval(), AutoTokenizer...
 dj = djinn.compile(model, tokenizer=tokenizer, max_length=128, max_sessions=9)  # the parent and eight forks
 pairs, site = contrast(), "resid_post.1"
-ends = [dj.run_with_cache(list(side), site, positions=-1, logits=False)[1][site] for side in (pairs.joyful, pairs.gloomy)]
+ends = [
+    dj.run_with_cache(list(side), site, positions=-1, logits=False)[1][site] for side in (pairs.joyful, pairs.gloomy)
+]
 direction = (ends[0] - ends[1]).mean((0, 1))
 
 # %% [markdown]
 # ## One stop
 #
-# The prompt's first half has run once, for all of them. The logit lens below is that of the prompt's last tokens.
+# The first half of the forward pass has run once, for all of them. The story's next word will set its mood: the logit lens
+# shows that nothing is decided here.
 
 # %%
 s = dj.session(seed=0)
-run = s.generate("On a cold afternoon, Tom trudged to the", max_new_tokens=40, breakpoints=[site])
+run = s.generate("It was a", max_new_tokens=40, breakpoints=[site])
 parent = next(run)
 parent
 
 # %% [markdown]
 # ## Eight edits
 #
-# Written into the stopped value, here at all positions of the prompt. The first fork is left alone.
+# Written into the stopped value, at the last position; a standing edit acts from here on, also on the tokens to come.
 
 # %%
-forks = parent.fork(8)
+forks = dict(
+    zip(
+        [
+            "left alone",
+            "+1 mood",
+            "+2 mood",
+            "-1 mood",
+            "halved",
+            "from another prompt",
+            "noise",
+            "steered from here on",
+        ],
+        parent.fork(8),
+        strict=True,
+    )
+)
+last = {name: fork.value[-1] for name, fork in forks.items()}  # [hidden], writable
+last["+1 mood"] += direction
+last["+2 mood"] += 2 * direction
+last["-1 mood"] -= direction
+last["halved"] *= 0.5
+other = dj.run_with_cache("The sky above the waves was clear, and Felix felt", site, positions=-1, logits=False)[1]
+last["from another prompt"].copy_(other[site][0, -1])
 noise = torch.randn(direction.shape, generator=torch.Generator().manual_seed(0))
-noise *= 1.5 * direction.norm() / noise.norm()
-edits = {
-    "left alone": torch.zeros_like(direction),
-    "+0.5 mood": 0.5 * direction,
-    "+1 mood": 1.0 * direction,
-    "+1.5 mood": 1.5 * direction,
-    "+2 mood": 2.0 * direction,
-    "-1.5 mood": -1.5 * direction,
-    "noise of length 1.5": noise,
-    "1.5 mood at the last position": 1.5 * direction,
-}
-for fork, (name, change) in zip(forks, edits.items(), strict=True):
-    where = slice(-1, None) if "last" in name else slice(None)
-    fork.value[where] += change
+last["noise"] += 2 * direction.norm() / noise.norm() * noise
+forks["steered from here on"].session.steer(site, add=direction, strength=1.5)
 
 # %% [markdown]
 # ## All of them on
 #
-# `dj.results` drives the runs together, one batched step at a time. The parent is one of them.
+# `dj.results` drives the runs together, one batched step at a time. The parent is one of them. Mind the control: where nothing is
+# decided yet, noise of twice the direction's length decides too.
 
 # %%
-result, *results = dj.results([run, *(fork.run for fork in forks)])
+whole, *branches = dj.results([run, *(fork.run for fork in forks.values())])
+results = dict(zip(forks, branches, strict=True))
 
 
 def moods(text: str | None) -> tuple[int, int]:
@@ -67,13 +82,13 @@ def moods(text: str | None) -> tuple[int, int]:
     return sum(word in pairs.joyful_words for word in said), sum(word in pairs.gloomy_words for word in said)
 
 
-for name, branch in zip(edits, results, strict=True):
+for name, branch in results.items():
     joyful, gloomy = moods(branch.text)
-    print(f"{name:30} {joyful} joyful, {gloomy} gloomy  {(branch.text or '').strip()[:70]}")
+    print(f"{name:21} {joyful} joyful, {gloomy} gloomy: It was a{(branch.text or '')[:60]}")
 
-assert torch.equal(results[0].tokens, result.tokens), "a fork left alone is its parent"
-assert moods(results[3].text)[0] > moods(results[3].text)[1], "the direction turns the story"
-assert moods(results[6].text)[0] == 0, "noise of the same length does not"
+assert torch.equal(results["left alone"].tokens, whole.tokens), "a fork left alone is its parent"
+assert moods(results["left alone"].text)[0] == 0 < moods(results["+1 mood"].text)[0], "one edit turns the whole story"
+assert len({branch.text for branch in branches}) >= 5
 
 # %% [markdown]
 # ## Two branches side by side
@@ -81,7 +96,7 @@ assert moods(results[6].text)[0] == 0, "noise of the same length does not"
 # Where they part, and how far apart the plain model's predictions are on the two texts.
 
 # %%
-found = djinn.diff(run, forks[3].run, dj=dj)
+found = djinn.diff(run, forks["+1 mood"].run, dj=dj)
 print("the texts part at position", found.first_difference)
 found
 

@@ -24,8 +24,8 @@ pairs, site = contrast(), "resid_post.1"
 # Sampled stories, captured while they are told. For a model of your size: `examples/harvest.py`.
 
 # %%
-prompts = [*pairs.joyful, *pairs.gloomy, *pairs.neutral] * 3
-stories = dj.generate(prompts, max_new_tokens=60, do_sample=True, capture=[site])
+prompts = [*pairs.joyful, *pairs.gloomy, *pairs.neutral]
+stories = dj.generate(prompts, max_new_tokens=80, do_sample=True, capture=[site])
 x = torch.cat([story.cache[site][1:] for story in stories])  # the first position is like no other
 mean, scale = x.mean(0), x.std()
 print(f"{len(x)} activations of width {x.shape[1]}")
@@ -66,9 +66,63 @@ assert error < 0.2
 # The one that tells joyful prompts from gloomy ones best, at their last tokens.
 
 # %%
-ends = [dj.run_with_cache(list(side), site, positions=-1, logits=False)[1][site][:, 0] for side in (pairs.joyful, pairs.gloomy)]
+ends = [
+    dj.run_with_cache(list(side), site, positions=-1, logits=False)[1][site][:, 0]
+    for side in (pairs.joyful, pairs.gloomy)
+]
 with torch.no_grad():
     joyful, gloomy = (encoder((end - mean) / scale).relu() for end in ends)
 apart = (joyful.mean(0) - gloomy.mean(0)) / (joyful.std(0) + gloomy.std(0) + 0.1)
 chosen = int(apart.argmax())
-print(f"feature {chosen}: {joyful[:, chosen].mean():.2f} on joyful prompts, {gloomy[:, chosen].mean():.2f} on gloomy ones")
+print(
+    f"feature {chosen}: {joyful[:, chosen].mean():.2f} on joyful prompts, {gloomy[:, chosen].mean():.2f} on gloomy ones"
+)
+
+# %% [markdown]
+# ## Clamped
+#
+# A `Feature` has what the autoencoder knows of it, in the model's own units: the encoder's row and bias, the decoder's column, the activation.
+# `set=` gives it one value at every token; `min=` and `max=` bound it.
+
+# %%
+read = encoder.weight.detach()[chosen] / scale
+write = decoder.weight.detach()[:, chosen] * scale
+bias = float(encoder.bias.detach()[chosen] - read @ mean)
+
+
+def clamp(value: float) -> djinn.Edit:
+    """The edit that holds the feature at a value."""
+    return djinn.Edit(site, feature=djinn.Feature(read=read, write=write, bias=bias, act="relu", set=value))
+
+
+def moods(text: str | None) -> tuple[int, int]:
+    """How many joyful and how many gloomy words."""
+    said = [word.strip(".,!?\"'").lower() for word in (text or "").split()]
+    return sum(word in pairs.joyful_words for word in said), sum(word in pairs.gloomy_words for word in said)
+
+
+at_most = float(features[:, chosen].max())
+print(f"by itself the feature goes up to {at_most:.1f}")
+counts = {}
+for value in (0.0, 4.0, 6.0):
+    results = dj.generate(list(pairs.gloomy), max_new_tokens=40, edits=[clamp(value)])
+    counts[value] = tuple(map(sum, zip(*(moods(result.text) for result in results), strict=True)))
+    print(f"held at {value}: {counts[value][0]} joyful words, {counts[value][1]} gloomy ones in 12 stories")
+    print("    ", pairs.gloomy[0], (results[0].text or "").strip()[:90])
+assert counts[0.0][0] == 0 and counts[6.0][0] > 9 * counts[6.0][1]
+
+# %% [markdown]
+# ## What exactly changed
+#
+# With `p` the feature before and 6 after, the activation becomes `h + (6 - p) * write`, and nothing else.
+
+# %%
+prompt = pairs.gloomy[0]
+h = dj.run_with_cache(prompt, site, logits=False)[1][site][0]
+with dj.session() as s:
+    s.steer(clamp(6.0))
+    result = s.generate(prompt, max_new_tokens=1, capture=[site]).result()
+after = result.cache[site][: len(h)]
+p = (h @ read + bias).relu()
+torch.testing.assert_close(after, h + (6.0 - p)[:, None] * write, atol=1e-4, rtol=1e-4)
+result.cache

@@ -25,7 +25,8 @@ print(pairs.joyful[0], "|", pairs.gloomy[0])
 
 # %%
 ends = [
-    dj.run_with_cache(list(side[:8]), site, positions=-1, logits=False)[1][site] for side in (pairs.joyful, pairs.gloomy)
+    dj.run_with_cache(list(side[:8]), site, positions=-1, logits=False)[1][site]
+    for side in (pairs.joyful, pairs.gloomy)
 ]
 direction = (ends[0] - ends[1]).mean((0, 1))  # [hidden]
 print(f"length {direction.norm():.1f}, beside a residual of {ends[0].norm(dim=-1).mean():.1f}")
