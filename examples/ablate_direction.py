@@ -1,11 +1,9 @@
 """Ablating a direction at all layers, for 16 prompts with different strengths.
 
-The mood's direction is projected out of the residual stream after every block, while sixteen prompts are continued in one batch; each
-prompt has its own strength. A whole ablation leaves the model with no mood to go by: pairs of prompts that differ in
-mood alone are then told on in the same words.
+The mood's direction is projected out of the residual stream after every block, while sixteen prompts are continued in
+one batch; each prompt has its own strength. A whole ablation leaves the model with no mood to go by: pairs of prompts
+that differ in mood alone are then told on in the same words.
 """
-
-# ruff: noqa: B018 (a cell's last line is shown)
 
 # %%
 import torch
@@ -36,7 +34,7 @@ direction = direction / direction.norm()
 # ## Sixteen prompts, each with its strength
 #
 # An edit takes one site, so a prompt has one edit per layer. `ablate` takes a direction of any length, or several.
-# Strength 1 removes what lies along it; 0.5 half of it; 2 turns it round: at every layer, so that after two layers it is back.
+# Strength 1 removes what lies along it; 0.5 half of it; 2 mirrors it, here four times over, which brings it back.
 
 # %%
 strengths = (0.0, 0.25, 0.5, 0.75, 1.0, 1.0, 1.5, 2.0)

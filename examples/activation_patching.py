@@ -1,8 +1,9 @@
 """Activation patching, clean to corrupted, at every layer and position.
 
-Two prompts of the same length; the clean one tells a joyful story, the corrupted one a gloomy story. Put one value of the clean run into
-the corrupted run: where does that bring the clean answer back? (Causal tracing, Meng et al. 2022; Heimersheim and
-Nanda 2024 have the good habits.) Every place is a row of one batch, so the whole map is one forward pass.
+Two prompts of the same length; the clean one tells a joyful story, the corrupted one a gloomy story. Put one value of
+the clean run into the corrupted run: where does that bring the clean answer back? (Causal tracing, Meng et al. 2022;
+Heimersheim and Nanda 2024 have the good habits.) Every place is a row of one batch, so the whole map is one forward
+pass.
 """
 
 # %%
@@ -24,7 +25,8 @@ print(corrupted)
 # %% [markdown]
 # ## The metric
 #
-# The log odds of a joyful word against a gloomy one as the next token, scaled: 0 is the corrupted run, 1 the clean one.
+# The log odds of a joyful word against a gloomy one as the next token, scaled: 0 is the corrupted run, 1 the clean
+# one.
 
 
 # %%
@@ -51,8 +53,8 @@ print(f"clean {high:+.1f}, corrupted {low:+.1f} (log odds)")
 # %% [markdown]
 # ## One row for each place
 #
-# The batch holds the corrupted prompt once for each (layer, position). The hook of a layer writes into its own rows, one
-# position each. The rows do not see each other.
+# The batch holds the corrupted prompt once for each (layer, position). The hook of a layer writes into its own rows,
+# one position each. The rows do not see each other.
 
 # %%
 places = list(cache)  # "resid_pre.0", "resid_mid.0", "resid_post.0", ...: in the order in which they are computed
@@ -78,8 +80,8 @@ brought_back = ((odds(patched[:, -1]) - low) / (high - low)).reshape(len(places)
 # %% [markdown]
 # ## The map
 #
-# At the bottom only the two words that differ carry the mood, the later one nearly all of it. The very first attention
-# (`resid_mid.0`) copies it to the last position; from there on a patch further back comes too late.
+# At the bottom only the two words that differ carry the mood, the later one nearly all of it. The very first
+# attention (`resid_mid.0`) copies it to the last position; from there on a patch further back comes too late.
 
 # %%
 words = [tokenizer.decode([token]) for token in ids["corrupted"]]

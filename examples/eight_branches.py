@@ -1,7 +1,8 @@
 """Eight branches from one stop, with different edits.
 
-A run stops once, in the middle of the prompt's forward pass. Eight forks stand at the same place, with the KV cache copied on the
-device; each gets another edit, and all are decoded as one batch. What differs between them comes from the edits alone.
+A run stops once, in the middle of the prompt's forward pass. Eight forks stand at the same place, with the KV cache
+copied on the device; each gets another edit, and all are decoded as one batch. What differs between them comes from
+the edits alone.
 """
 
 # ruff: noqa: B018 (a cell's last line is shown)
@@ -23,8 +24,8 @@ direction = (ends[0] - ends[1]).mean((0, 1))
 # %% [markdown]
 # ## One stop
 #
-# The first half of the forward pass has run once, for all of them. The story's next word will set its mood: the logit lens
-# shows that nothing is decided here.
+# The first half of the forward pass has run once, for all of them. The story's next word will set its mood: the logit
+# lens shows that nothing is decided here.
 
 # %%
 s = dj.session(seed=0)
@@ -68,8 +69,8 @@ forks["steered from here on"].session.steer(site, add=direction, strength=1.5)
 # %% [markdown]
 # ## All of them on
 #
-# `dj.results` drives the runs together, one batched step at a time. The parent is one of them. Mind the control: where nothing is
-# decided yet, noise of twice the direction's length decides too.
+# `dj.results` drives the runs together, one batched step at a time. The parent is one of them. Mind the control:
+# where nothing is decided yet, noise of twice the direction's length decides too.
 
 # %%
 whole, *branches = dj.results([run, *(fork.run for fork in forks.values())])

@@ -19,15 +19,16 @@ prompt = "It was a grey morning, and Mara felt sad. The sky above the slopes was
 # %% [markdown]
 # ## Every layer in one pass
 #
-# `run_with_cache` returns the logits and a cache of the sites asked for; `resid_post` means that of every layer. A cache
-# shows itself in a notebook: shapes, bytes, and the norm over the positions.
+# `run_with_cache` returns the logits and a cache of the sites asked for; `resid_post` means that of every layer. A
+# cache shows itself in a notebook: shapes, bytes, and the norm over the positions.
 
 # %%
 logits, cache = dj.run_with_cache(prompt, "resid_post")
 cache
 
 # %% [markdown]
-# `stack` puts the layers into one tensor, `unembed` is the model's own tail: final norm, head, and whatever scales it has.
+# `stack` puts the layers into one tensor, `unembed` is the model's own tail: final norm, head, and whatever scales it
+# has.
 
 # %%
 residuals = cache.stack("resid_post")[:, 0]  # [layers, positions, hidden]
@@ -49,8 +50,8 @@ assert (lens[-1] - logits[0].float().softmax(-1)).abs().max() < 1e-5
 # %% [markdown]
 # ## The whole picture
 #
-# Each cell: the likeliest next token there, and how likely. The later layers mostly sharpen what an early one has found; where the
-# story has several ways to go on, as after "was", the last layers share the probability out.
+# Each cell: the likeliest next token there, and how likely. The later layers mostly sharpen what an early one has
+# found; where the story has several ways to go on, as after "was", the last layers share the probability out.
 
 # %%
 best = lens.max(-1)

@@ -1,11 +1,9 @@
 """A probe that stops generation when it fires; edit, and go on.
 
-A linear probe for the story's mood is trained on activations, in a second. As a breakpoint it is asked at every generated
-token, on the device. Where it fires the run stops in the middle of that token's forward pass; the activation is moved to the other
-side of the probe, and the run goes on.
+A linear probe for the story's mood is trained on activations, in a second. As a breakpoint it is asked at every
+generated token, on the device. Where it fires the run stops in the middle of that token's forward pass; the
+activation is moved to the other side of the probe, and the run goes on.
 """
-
-# ruff: noqa: B018 (a cell's last line is shown)
 
 # %%
 import torch
@@ -61,7 +59,8 @@ assert right > 0.8
 # %% [markdown]
 # ## A breakpoint that asks it
 #
-# `margin` keeps it from firing at every doubt. Left alone at each stop, the run goes on bit for bit as if it had never stopped.
+# `margin` keeps it from firing at every doubt. Left alone at each stop, the run goes on bit for bit as if it had
+# never stopped.
 
 # %%
 margin, prompt, seed = 3.0, pairs.neutral[2], 2
@@ -92,8 +91,8 @@ assert moods(plain.text)[0] == 0
 # %% [markdown]
 # ## Stop, edit, go on
 #
-# First the smallest change that silences the probe: along `w`, to the other side. It does, and the story stays gloomy. A direction that
-# reads well need not write well.
+# First the smallest change that silences the probe: along `w`, to the other side. It does, and the story stays
+# gloomy. A direction that reads well need not write well.
 
 # %%
 with dj.session(seed=seed) as s:

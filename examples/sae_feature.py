@@ -1,8 +1,9 @@
 """An SAE feature, clamped in the graph.
 
-A small sparse autoencoder is trained on a layer's activations, in seconds. One of its features stands for the mood. Clamped, it holds
-its value at every token, inside the compiled graph: no hook, no stop, and only the feature's own part of the activation
-changes, so the autoencoder's reconstruction error stays in (Templeton et al. 2024 clamp features in this way).
+A small sparse autoencoder is trained on a layer's activations, in seconds. One of its features stands for the mood.
+Clamped, it holds its value at every token, inside the compiled graph: no hook, no stop, and only the feature's own
+part of the activation changes, so the autoencoder's reconstruction error stays in (Templeton et al. 2024 clamp
+features in this way).
 """
 
 # ruff: noqa: B018 (a cell's last line is shown)
@@ -81,8 +82,8 @@ print(
 # %% [markdown]
 # ## Clamped
 #
-# A `Feature` has what the autoencoder knows of it, in the model's own units: the encoder's row and bias, the decoder's column, the activation.
-# `set=` gives it one value at every token; `min=` and `max=` bound it.
+# A `Feature` has what the autoencoder knows of it, in the model's own units: the encoder's row and bias, the
+# decoder's column, the activation. `set=` gives it one value at every token; `min=` and `max=` bound it.
 
 # %%
 read = encoder.weight.detach()[chosen] / scale

@@ -1,7 +1,8 @@
 """Steering from contrast pairs, on generated tokens only.
 
-A direction is the difference of means over pairs of prompts that differ in one thing. It is added while the model writes, and not
-while it reads: what the model knows of the prompt stays as it was. Many prompts, each with its own edits, run as one batch.
+A direction is the difference of means over pairs of prompts that differ in one thing. It is added while the model
+writes, and not while it reads: what the model knows of the prompt stays as it was. Many prompts, each with its own
+edits, run as one batch.
 """
 
 # ruff: noqa: B018 (a cell's last line is shown)
