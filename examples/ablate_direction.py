@@ -20,7 +20,7 @@ print(layers)
 # %% [markdown]
 # ## The direction
 #
-# Difference of means after the first block, where the mood first stands (see the patching recipe), as a unit vector.
+# Difference of means after the first block, as a unit vector.
 
 # %%
 ends = [

@@ -64,7 +64,7 @@ other = dj.run_with_cache("The sky above the waves was clear, and Felix felt", s
 last["from another prompt"].copy_(other[site][0, -1])
 noise = torch.randn(direction.shape, generator=torch.Generator().manual_seed(0))
 last["noise"] += 2 * direction.norm() / noise.norm() * noise
-forks["steered from here on"].session.steer(site, add=direction, strength=1.5)
+handle = forks["steered from here on"].session.steer(site, add=direction, strength=1.5)
 
 # %% [markdown]
 # ## All of them on

@@ -30,7 +30,7 @@ with torch.no_grad():
     mlp.c_fc.weight[:, neuron] *= 2000
     mlp.c_proj.weight[neuron] *= 2000
 assert all(torch.isfinite(model(**tokenizer(prompt, return_tensors="pt")).logits).all() for prompt in prompts)
-model.half()
+model = model.half()
 
 # %% [markdown]
 # `compile` measures the model on a probe, and says so if the model's own numbers are not finite. The receipt keeps

@@ -4,12 +4,15 @@ python examples/make_notebooks.py            # all of them
 python examples/make_notebooks.py logit_lens # one
 python examples/make_notebooks.py --check    # write nothing; fail where a notebook is not what its script gives
 
+The first picture of a notebook is written beside it, for ``examples/README.md``.
+
 A script is cells: ``# %%`` begins one of code, ``# %% [markdown]`` one of prose in comments, and the docstring is the
 first. What is written is the same each time on one machine: no times, no paths, ids from names.
 """
 
 from __future__ import annotations
 
+import base64
 import os
 import re
 import sys
@@ -97,6 +100,12 @@ def fleeting(book: Any) -> list[str]:
     return found
 
 
+def pictures(book: Any) -> list[bytes]:
+    """The pictures among a notebook's outputs, as PNG."""
+    data = [output.data for cell in book.cells for output in cell.get("outputs", ()) if "data" in output]
+    return [base64.b64decode(each["image/png"]) for each in data if "image/png" in each]
+
+
 def main(
     names: Annotated[list[str] | None, typer.Argument(help="Recipes; default: all.")] = None,
     check: Annotated[bool, typer.Option("--check", help="Write nothing; compare.")] = False,
@@ -115,6 +124,8 @@ def main(
         if not check:
             FOLDER.mkdir(exist_ok=True)
             path.write_text(text, encoding="utf-8")
+            for picture in pictures(book)[:1]:
+                (FOLDER / f"{name}.png").write_bytes(picture)
         console.print(f"{name}: {'as it was' if old == text else 'another one'}, {len(text) / 1e3:.0f} kB")
     if check and differ:
         raise SystemExit(f"not what their scripts give: {', '.join(differ)}")

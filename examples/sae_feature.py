@@ -44,7 +44,7 @@ with torch.no_grad():
     decoder.weight /= decoder.weight.norm(dim=0)
     encoder.weight.copy_(decoder.weight.T)
 optimizer = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], lr=3e-3)
-for _ in range(600):
+for _ in range(400):
     batch = (x[torch.randint(len(x), (512,))] - mean) / scale
     features = encoder(batch).relu()
     loss = (decoder(features) - batch).square().sum(-1).mean() + 1.0 * features.sum(-1).mean()
@@ -104,12 +104,16 @@ def moods(text: str | None) -> tuple[int, int]:
 
 at_most = float(features[:, chosen].max())
 print(f"by itself the feature goes up to {at_most:.1f}")
+values, told = (0.0, 4.0, 6.0), pairs.gloomy[:8]
+results = dj.generate(
+    [*told * len(values)], max_new_tokens=40, edits=[[clamp(value)] for value in values for _ in told]
+)
 counts = {}
-for value in (0.0, 4.0, 6.0):
-    results = dj.generate(list(pairs.gloomy), max_new_tokens=40, edits=[clamp(value)])
-    counts[value] = tuple(map(sum, zip(*(moods(result.text) for result in results), strict=True)))
-    print(f"held at {value}: {counts[value][0]} joyful words, {counts[value][1]} gloomy ones in 12 stories")
-    print("    ", pairs.gloomy[0], (results[0].text or "").strip()[:90])
+for index, value in enumerate(values):
+    texts = [result.text for result in results[len(told) * index : len(told) * (index + 1)]]
+    counts[value] = tuple(map(sum, zip(*map(moods, texts), strict=True)))
+    print(f"held at {value}: {counts[value][0]} joyful words, {counts[value][1]} gloomy ones in {len(told)} stories")
+    print("    ", told[0], (texts[0] or "").strip()[:90])
 assert counts[0.0][0] == 0 and counts[6.0][0] > 9 * counts[6.0][1]
 
 # %% [markdown]
