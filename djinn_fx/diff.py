@@ -8,7 +8,12 @@ import torch
 
 from djinn_fx.dj import Dj
 from djinn_fx.errors import InvalidValue
+from djinn_fx.notebook import Shown
 from djinn_fx.runtime.run import Run
+from djinn_fx.views import Curve, Table, View
+
+#: Positions that a notebook shows at most: those from shortly before the first difference on.
+SHOWN = 40
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class RunDiff:
+class RunDiff(Shown):
     """What :func:`diff` found; printed, a table.
 
     Attributes:
@@ -45,20 +50,39 @@ class RunDiff:
     places: tuple[Place, ...]
     words: tuple[tuple[int, str], ...] = ()
 
-    def __str__(self) -> str:
-        names = dict(self.words)
+    def describe(self) -> View:
+        """Where the runs part, how far apart the predictions are, and the positions around; notebooks show it."""
+        known = [(place.position, place.kl) for place in self.places if place.kl is not None]
+        curve = Curve(tuple(kl for _, kl in known), str(known[0][0]), str(known[-1][0])) if len(known) > 1 else None
+        begin = max(0, (self.first_difference or 0) - 5)
+        shown = self.places[begin : begin + SHOWN]
+        rows = tuple((str(p.position), *map(self._word, (*p.tokens, *p.best)), _nats(p.kl)) for p in shown)
+        strong = tuple(index for index, place in enumerate(shown) if place.tokens[0] != place.tokens[1])
+        rest = len(self.places) - len(shown)
+        columns = ("position", "first", "second", "first: next", "second: next", "KL (nats)")
+        left = (False, True, True, True, True, False)
+        table = Table("", columns, left, rows, f"and {rest} more positions" if rest else "", strong)
+        parts = (("KL at each position both have, in nats", curve), table) if curve is not None else (table,)
+        return View("RunDiff", self._verdict, parts=parts)
 
-        def word(token: int | None) -> str:
-            return "-" if token is None else repr(names[token]) if token in names else str(token)
-
+    @property
+    def _verdict(self) -> str:
         first = self.first_difference
-        lines = ["same tokens" if first is None else f"tokens part at position {first}"]
+        return "same tokens" if first is None else f"tokens part at position {first}"
+
+    def _word(self, token: int | None) -> str:
+        names = dict(self.words)
+        return "-" if token is None else repr(names[token]) if token in names else str(token)
+
+    def __str__(self) -> str:
+        lines = [self._verdict]
         lines.append(f"{'pos':>4}  {'first':<14} {'second':<14} {'first: next':<14} {'second: next':<14} KL (nats)")
         for place in self.places:
-            cells = [word(token) for token in (*place.tokens, *place.best)]
+            cells = [self._word(token) for token in (*place.tokens, *place.best)]
             mark = "*" if place.tokens[0] != place.tokens[1] else " "
-            kl = "" if place.kl is None else f"{place.kl:.4f}"
-            lines.append(f"{place.position:>4}{mark} " + " ".join(f"{cell:<14}" for cell in cells) + f" {kl}")
+            lines.append(
+                f"{place.position:>4}{mark} " + " ".join(f"{cell:<14}" for cell in cells) + f" {_nats(place.kl)}"
+            )
         return "\n".join(lines)
 
 
@@ -120,6 +144,10 @@ def _divergence(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """KL divergence by position, of log probabilities ``[positions, vocab]``; what is impossible in ``a`` counts 0."""
     likely = a.exp()
     return torch.where(likely == 0, 0.0, likely * (a - b)).sum(-1).clamp_min(0)
+
+
+def _nats(kl: float | None) -> str:
+    return "" if kl is None else f"{kl:.4f}"
 
 
 def _words(dj: Dj, tokens: set[int]) -> tuple[tuple[int, str], ...]:

@@ -74,6 +74,17 @@ class Dj(Looking, Keeping):
             )
         self._receipt: Receipt | None = None
         self._weights = weights
+        self.observer = Observer(
+            ProgramCache(partial(making.build, lower_eager)),
+            table,
+            source.kv,
+            source.dtype,
+            source.device,
+            options.prefill_chunk,
+            options.max_length,
+            source.windows,
+            options.edit_rank,
+        )
         self.engine = Engine(
             programs=programs,
             arena=arena,
@@ -85,17 +96,7 @@ class Dj(Looking, Keeping):
             tokenizer=tokenizer,
             guard=guard.check,
             identity=Identity(guard.tensors, dict(source.config), source.model_type, build_choices(source, backend)),
-        )
-        self.observer = Observer(
-            ProgramCache(partial(making.build, lower_eager)),
-            table,
-            source.kv,
-            source.dtype,
-            source.device,
-            options.prefill_chunk,
-            options.max_length,
-            source.windows,
-            options.edit_rank,
+            unembed=self.observer.unembed,
         )
 
     # -- sessions ------------------------------------------------------------------------------

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-import html
 import io
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from rich import box
 from rich.console import Console, Group
 from rich.table import Table as RichTable
 
+from djinn_fx import views
 from djinn_fx.inspecting.making import trace_of_program
 from djinn_fx.inspecting.tables import Table, tables
 from djinn_fx.inspecting.text import heading
+from djinn_fx.notebook import Shown
 from djinn_fx.passes.trace import Trace
 from djinn_fx.program import Program
+from djinn_fx.views import View
 
 #: Columns of a summary where there is no terminal that says how many it has.
 WIDTH = 140
 
 
 @dataclass(frozen=True, repr=False)
-class Explanation:
+class Explanation(Shown):
     """The summary of a program: a text by ``str``, a table in a terminal, HTML in a notebook.
 
     Attributes:
@@ -49,11 +50,12 @@ class Explanation:
         """For ``rich.print``."""
         return Group(f"[bold]{heading(self.trace)}[/bold]", *(rich_table(table) for table in tables(self.trace)))
 
-    def _repr_html_(self) -> str:
-        """For notebooks."""
-        parts = [f"<p><b>{html.escape(heading(self.trace))}</b></p>"]
-        parts += [_html(table) for table in tables(self.trace)]
-        return "\n".join(parts)
+    def describe(self) -> View:
+        """The heading and the tables; notebooks show it."""
+        each = tables(self.trace)
+        return View(
+            heading(self.trace), parts=tuple(views.Table(t.title, t.columns, t.left, t.rows, t.note) for t in each)
+        )
 
 
 def explain(program: Program, name: str = "program") -> Explanation:
@@ -85,18 +87,3 @@ def rich_table(table: Table) -> RichTable:
     for row in table.rows:
         shown.add_row(*(cell.replace("[", r"\[") for cell in row))
     return shown
-
-
-def _html(table: Table) -> str:
-    """A table in HTML that takes its colours from the notebook."""
-
-    def cells(kind: str, row: Sequence[str]) -> str:
-        sides: Any = zip(row, table.left, strict=True)
-        inner = (
-            f'<{kind} style="text-align:{"left" if left else "right"}">{html.escape(c)}</{kind}>' for c, left in sides
-        )
-        return f"<tr>{''.join(inner)}</tr>"
-
-    body = "".join(cells("td", row) for row in table.rows)
-    note = f"<p>{html.escape(table.note)}</p>" if table.note else ""
-    return f"<table><caption>{html.escape(table.title)}</caption>{cells('th', table.columns)}{body}</table>{note}"

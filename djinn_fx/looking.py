@@ -149,8 +149,7 @@ class Looking:
             logits ``[..., vocab]``.
         """
         self._alive()
-        posts = [site for site in self.engine.table.sites if site.role == "resid_post"]
-        return self.observer.unembed(h, posts[-1])
+        return self.observer.unembed(h)
 
     def first_nonfinite(self, inputs: object, sites: str | Iterable[str] = "*") -> tuple[str, tuple[Any, ...]] | None:
         """The first site, in execution order, with a NaN or an infinity; None if all is finite.

@@ -52,6 +52,7 @@ class Engine:
         identity: what makes this model itself, for checkpoints.
         guard: raises if the model's weights were moved or replaced.
         tokenizer: for prompts given as text; or None.
+        unembed: residuals ``[..., hidden]`` to logits, for what a notebook shows; or None.
         pool: host memory for checkpoints and offloaded sessions.
         transfer: what moves KV there and back.
         tiers: decides what moves.
@@ -68,6 +69,7 @@ class Engine:
     identity: Identity
     guard: Callable[[], None]
     tokenizer: Tokenizer | None = None
+    unembed: Callable[[torch.Tensor], torch.Tensor] | None = None
     lock: EngineLock = field(init=False, repr=False)
     sessions: list[Session] = field(default_factory=list, repr=False)
     closed: bool = False

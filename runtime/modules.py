@@ -8,14 +8,17 @@ from typing import Any
 import torch
 
 from djinn_fx.errors import InvalidPredicate, InvalidValue, StaleStop
+from djinn_fx.notebook import Shown
 from djinn_fx.program import Program
+from djinn_fx.runtime import showing
 from djinn_fx.runtime.bits import same_bits
 from djinn_fx.runtime.segments import Env, run_segments
 from djinn_fx.sites import Site, SiteTable, require_compiled
 from djinn_fx.specs import Breakpoint
+from djinn_fx.views import View
 
 
-class ModuleStop:
+class ModuleStop(Shown):
     """A plain module's run, stopped after one site; ``value`` has the module's own shape and may be changed."""
 
     def __init__(self, run: ModuleRun, site: Site, value: torch.Tensor) -> None:
@@ -62,6 +65,10 @@ class ModuleStop:
                 f"stop.value at {self.site!r} is {tuple(shape)} {dtype} on {device}; cannot go on with "
                 f"{tuple(new.shape)} {new.dtype} on {new.device}."
             )
+
+    def describe(self) -> View:
+        """Where, and the value's numbers; notebooks show it."""
+        return showing.module_stop_view(self)
 
     def __repr__(self) -> str:
         return f"ModuleStop({self.site!r}, value={tuple(self._value.shape)} {self._value.dtype})"

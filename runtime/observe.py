@@ -253,12 +253,13 @@ class Observer:
         return next(((site, found[site.name]) for site in sites if found.get(site.name)), None)
 
     @torch.no_grad()
-    def unembed(self, h: torch.Tensor, last: Site) -> torch.Tensor:
+    def unembed(self, h: torch.Tensor) -> torch.Tensor:
         """Final norm, head, softcap and scale on residuals ``[..., width]``; returns ``[..., vocab]``.
 
         Raises:
             InvalidValue: another width.
         """
+        last = [site for site in self.table.sites if site.role == "resid_post"][-1]
         if h.dim() == 0 or h.shape[-1] != last.width:
             raise InvalidValue(f"unembed: expected [..., {last.width}], got {tuple(h.shape)}.")
         flat = h.to(self.device, self.dtype).reshape(1, -1, last.width)

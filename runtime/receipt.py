@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 
 from djinn_fx.errors import CaptureMismatch
+from djinn_fx.notebook import Shown
 from djinn_fx.runtime.agreement import Agreements, Finding, describe, difference
 from djinn_fx.runtime.bits import same_bits
 from djinn_fx.runtime.engine import Engine
@@ -25,6 +26,7 @@ from djinn_fx.runtime.steps import Step
 from djinn_fx.runtime.tables import BatchRow
 from djinn_fx.sites import Site
 from djinn_fx.specs import ProgramShape
+from djinn_fx.views import Table, View
 
 DECODED = 4
 
@@ -66,7 +68,7 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Receipt:
+class Receipt(Shown):
     """The measured statement of how exact a compiled model is.
 
     Attributes:
@@ -85,6 +87,25 @@ class Receipt:
     def exact(self) -> bool:
         """Whether every bitwise check held."""
         return all(check.verdict != "differs" for check in self.checks)
+
+    def describe(self) -> View:
+        """Every comparison with its verdict; notebooks show it."""
+        rows = tuple(
+            (
+                c.name,
+                c.verdict,
+                f"{c.worst:.2e}" if c.worst or c.tolerance else "",
+                f"{c.tolerance:.2e}" * bool(c.tolerance),
+            )
+            for c in self.checks
+        )
+        note = f"compared when first needed: {'; '.join(self.pending)}" if self.pending else ""
+        strong = tuple(index for index, check in enumerate(self.checks) if check.verdict == "differs")
+        table = Table("", ("compared", "verdict", "worst", "tolerance"), (True, True, False, False), rows, note, strong)
+        facts = [("probe", f"{self.probe} tokens, {DECODED} of them decoded")]
+        if self.nonfinite:
+            facts.append(("the model itself", "its own logits hold NaN or infinities"))
+        return View("Receipt", "nothing differs" if self.exact else "SOMETHING DIFFERS", tuple(facts), (table,))
 
     def __str__(self) -> str:
         lines = [f"receipt (probe of {self.probe} tokens, {DECODED} of them decoded)"]

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from djinn_fx.errors import InvalidValue
+from djinn_fx.notebook import Shown
+from djinn_fx.runtime import showing
+from djinn_fx.views import View
 
 if TYPE_CHECKING:
     from djinn_fx.runtime.disk import Filed
@@ -37,12 +40,16 @@ class Place:
     idle_hint: float | None
 
 
-class Memory(dict[str, int]):
+class Memory(Shown, dict[str, int]):
     """Bytes by component; :attr:`sessions` tells where each session lies."""
 
     def __init__(self, components: Mapping[str, int], sessions: tuple[Place, ...]) -> None:
         super().__init__(components)
         self.sessions = sessions
+
+    def describe(self) -> View:
+        """Bytes by component and by session; notebooks show it."""
+        return showing.memory_view(self, [(place.tier, place.nbytes) for place in self.sessions])
 
 
 class Residence:

@@ -8,10 +8,13 @@ from dataclasses import dataclass, field
 import torch
 
 from djinn_fx.errors import InvalidValue, UnknownSite
+from djinn_fx.notebook import Shown
+from djinn_fx.runtime import showing
 from djinn_fx.sites import SiteTable
+from djinn_fx.views import View
 
 
-class Cache(Mapping[str, torch.Tensor]):
+class Cache(Shown, Mapping[str, torch.Tensor]):
     """Captured activations by site; every name of a site works, TransformerLens names too.
 
     Values are ``[B, T, *feature_shape]`` from batched calls and ``[T, *feature_shape]`` from one session's run.
@@ -70,13 +73,23 @@ class Cache(Mapping[str, torch.Tensor]):
             return stacked
         return stacked.select(2 if self._batched else 1, position)
 
+    @property
+    def axes(self) -> int:
+        """Axes before the feature axes: 2 (``[B, T]``), 1 (``[T]``), or 0 for a plain module's values."""
+        whole = any(self._table.get(name).axis == "whole" for name in self._values)
+        return 0 if whole else 2 if self._batched else 1
+
+    def describe(self) -> View:
+        """Sites, shapes, bytes and norms; notebooks show it."""
+        return showing.cache_view(self, self.axes)
+
     def __repr__(self) -> str:
         inside = ", ".join(f"{name} {tuple(value.shape)}" for name, value in self._values.items())
         return f"Cache({inside or 'empty'})"
 
 
 @dataclass(frozen=True, eq=False)
-class Result:
+class Result(Shown):
     """The outcome of a finished run.
 
     Attributes:
@@ -93,6 +106,10 @@ class Result:
     cache: Cache
     finish_reason: str | None
     text: str | None = None
+
+    def describe(self) -> View:
+        """Tokens, text and what was captured; notebooks show it."""
+        return showing.result_view(self)
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from djinn_fx.errors import InvalidValue, SessionBusy, SessionClosed
+from djinn_fx.notebook import Shown
+from djinn_fx.runtime import showing
 from djinn_fx.runtime.breakpoints import ArmedBreakpoint
 from djinn_fx.runtime.claims import claimed, quiet
 from djinn_fx.runtime.flight import Flight
 from djinn_fx.runtime.results import Cache, Result, StepRecord
 from djinn_fx.runtime.sampling import SamplingSpec, checked_seed
 from djinn_fx.sites import Site, require_compiled
+from djinn_fx.views import View
 
 if TYPE_CHECKING:
     from djinn_fx.runtime.session import Session
@@ -53,7 +56,7 @@ class Target:
     order: int
 
 
-class Run:
+class Run(Shown):
     """One call, lazily executed. Iterating it yields stops; advancing resumes.
 
     A run that is not advanced is paused. Leaving the loop leaves it stopped; iterating again goes on.
@@ -314,6 +317,10 @@ class Run:
             if any(name in record.captured for record in self.records)
         }
         return Cache(self.session.engine.table, values, batched=False)
+
+    def describe(self) -> View:
+        """State, tokens and stops; notebooks show it."""
+        return showing.run_view(self)
 
     def __repr__(self) -> str:
         state = f"finished: {self.finish_reason}" if self.finished else f"at {self._stop!r}" if self._stop else "paused"

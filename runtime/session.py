@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from djinn_fx.errors import CapacityError, InvalidValue, SessionBusy, SessionClosed
+from djinn_fx.notebook import Shown
+from djinn_fx.runtime import showing
 from djinn_fx.runtime.residence import Residence
 from djinn_fx.runtime.run import Run, RunOptions
 from djinn_fx.runtime.sampling import SamplingSpec
@@ -17,13 +19,14 @@ from djinn_fx.runtime.steering import Armed, SteerHandle, arm
 from djinn_fx.runtime.steps import Steering, Step
 from djinn_fx.sites import require_compiled
 from djinn_fx.specs import Breakpoint, Edit
+from djinn_fx.views import View
 
 if TYPE_CHECKING:
     from djinn_fx.runtime.checkpoint import Checkpoint
     from djinn_fx.runtime.engine import Engine
 
 
-class Session(Residence):
+class Session(Residence, Shown):
     """One sequence: runs append to it, its KV stays on the device between runs.
 
     Make one with ``dj.session()``; use it as a context manager or call :meth:`close`.
@@ -317,6 +320,10 @@ class Session(Residence):
         self.length, self.steering = parent.length, dict(parent.steering)
         self.journal, self.seed = list(parent.journal), seed
         self.last_logits = parent.last_logits
+
+    def describe(self) -> View:
+        """Tokens, place and steering; notebooks show it."""
+        return showing.session_view(self)
 
     def __repr__(self) -> str:
         where = "closed" if self.closed else f"row {self.row}" if self.resident else f"offloaded to the {self.tier}"

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from djinn_fx.errors import InvalidValue, StaleStop
+from djinn_fx.notebook import Shown
+from djinn_fx.runtime import showing
 from djinn_fx.sites import Site
+from djinn_fx.views import View
 
 if TYPE_CHECKING:
     from djinn_fx.runtime.checkpoint import Checkpoint
@@ -17,7 +20,7 @@ if TYPE_CHECKING:
     from djinn_fx.runtime.steps import Step
 
 
-class Stop:
+class Stop(Shown):
     """A run, stopped after one site: where, why, and the activation, readable and writable.
 
     Changing ``value`` in place or assigning to it changes what the run goes on with. Once the run went on the stop is
@@ -59,6 +62,11 @@ class Stop:
     def place(self) -> Site:
         """The site itself, for the runtime."""
         return self._site
+
+    @property
+    def within(self) -> Step:
+        """The step it stands in, for the runtime."""
+        return self._step
 
     @property
     def layer(self) -> int | None:
@@ -197,6 +205,10 @@ class Stop:
         """Undo :meth:`hold`: the run goes on with the next step."""
         self.require_current("release")
         self.held = False
+
+    def describe(self) -> View:
+        """Where, why, the norm at each position and the logit lens; notebooks show it."""
+        return showing.stop_view(self)
 
     def __repr__(self) -> str:
         state = "" if self.current else ", stale"

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("passes", "kernels", "runtime", "benchmarks")
-FOUNDATION = ("errors", "sites", "specs", "when", "program", "_version")
+FOUNDATION = ("errors", "sites", "specs", "when", "program", "views", "notebook", "_version")
 LONGEST = 350
 
 # Registered benchmarks that see the rooms from within, file by file: no public call replays one decode graph alone, or

@@ -153,8 +153,8 @@ def test_closing_a_session_abandons_its_run(one: djinn.Dj) -> None:
     s.close()
     assert s.closed and not s.resident and run.finish_reason == "closed" and "closed" in repr(s)
     assert_same_bits(stop.value, kept)
-    acts = [lambda: next(run), run.result, lambda: s.forward(prompt(2)), s.offload, s.pin, s.checkpoint]
-    acts += [lambda: s.steer("resid_post.0", scale=2.0), lambda: run.rewind(0)]
+    acts: list[Callable[[], object]] = [lambda: next(run), run.result, lambda: s.forward(prompt(2))]
+    acts += [s.offload, s.pin, s.checkpoint, lambda: s.steer("resid_post.0", scale=2.0), lambda: run.rewind(0)]
     for act in acts:
         with pytest.raises(djinn.SessionClosed):
             act()
