@@ -125,12 +125,13 @@ def take_over(engine: Engine, run: Run) -> None:
     stop, flight = run.stop, run.flight
     if stop is None or flight is None:
         return
-    site, value = engine.table.get(stop.site), stop.checked_value()
-    # Comparing waits for the device: for others' step, if one was launched ahead. A value that was written and has the
-    # same bits all the same makes no difference but to be taken for edited.
-    busy = engine.executor.loop is not None and engine.executor.loop.ahead
-    if (busy and stop.written) or not same_bits(value, flight.value(site)):
-        flight.replace(site, value)
+    if not stop.untouched:
+        site, value = engine.table.get(stop.site), stop.checked_value()
+        # Comparing waits for the device: for others' step, if one was launched ahead. A value that was written and has
+        # the same bits all the same makes no difference but to be taken for edited.
+        busy = engine.executor.loop is not None and engine.executor.loop.ahead
+        if (busy and stop.written) or not same_bits(value, flight.value(site)):
+            flight.replace(site, value)
     flight.steer(run.session.steering, engine.sites)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from djinn_fx.errors import InvalidValue
 from djinn_fx.notebook import Shown
 from djinn_fx.runtime import showing
+from djinn_fx.runtime.alarm import Alarm
 from djinn_fx.views import View
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ class Residence:
         self.host: Parked | Filed | None = None
         self.pinned = False
         self.paused_at = time.monotonic()
-        self.away: threading.Timer | None = None
+        self.away: Alarm | None = None
         self._idle_hint: float | None = None
 
     def require_open(self) -> None:
@@ -153,3 +154,7 @@ class Residence:
             self.require_open()
             self._idle_hint, self.paused_at = seconds, time.monotonic()
             self.engine.tiers.expect(self._itself)
+
+    def returned(self) -> None:
+        """Its user is back; the caller holds the engine's lock."""
+        self._idle_hint, self.paused_at = None, time.monotonic()

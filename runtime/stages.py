@@ -67,8 +67,7 @@ class Chunk:
             return
         known = self._needed()
         with torch.inference_mode(False), torch.no_grad():
-            copies = {name: torch.empty_like(self.env[name]) for name in known}
-            copy_all(list(copies.values()), [self.env[name] for name in known])
+            copies = {name: self.env[name].clone() for name in known}
         rest = {name: tensor for name, tensor in self.env.items() if name in self.stage.shared}
         self.env, self.stage = rest | copies, None
 

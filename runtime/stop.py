@@ -37,7 +37,7 @@ class Stop(Shown):
     ) -> None:
         self._run, self._site, self._step, self._value = run, site, step, value
         self._fired, self._kind = tuple(fired), _kind(value)
-        self._given = (value, value._version)
+        self._given, self._seen = (value, value._version), False
         self.held = False
         self.waiting = False  # found by a step, not yet in the user's hands
 
@@ -103,6 +103,7 @@ class Stop(Shown):
     @property
     def value(self) -> torch.Tensor:
         """The activation after steering, ``[tokens, *feature_shape]``, on the model's device."""
+        self._seen = True
         return self._value
 
     @value.setter
@@ -140,6 +141,11 @@ class Stop(Shown):
         """Whether the value was surely written to or assigned; False leaves open that it was, past PyTorch's notice."""
         given, version = self._given
         return self._value is not given or self._value._version != version
+
+    @property
+    def untouched(self) -> bool:
+        """Whether nobody was ever given the value, so that it is what it was without a look."""
+        return not (self._seen or self.written)
 
     # -- acts ----------------------------------------------------------------------------------
 

@@ -18,9 +18,11 @@ import weakref
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, wait
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from djinn_fx.errors import CapacityError, CheckpointError
+from djinn_fx.runtime.alarm import AlarmClock
 from djinn_fx.runtime.disk import Disk, Filed
 from djinn_fx.runtime.line import Crowded, Line
 from djinn_fx.runtime.tables import BatchRow
@@ -55,6 +57,7 @@ class Tiers:
 
     def __init__(self, engine: Engine, disk: Disk) -> None:
         self._engine, self.disk, self.line = engine, disk, Line(engine.options.row_wait)
+        self._clock = AlarmClock()
         self._writing: dict[Session, tuple[Parked, Future[Filed]]] = {}
         self._reading: dict[Session, tuple[Filed, Future[Parked]]] = {}
 
@@ -262,7 +265,11 @@ class Tiers:
         return found
 
     def foresee(self, session: Session) -> None:
-        """A session will soon go on: begin to bring it back, if that costs nobody anything. Waits for nothing."""
+        """A session will soon go on: begin to bring it back, if that costs nobody anything. Waits for nothing.
+
+        Its user is back, so what was said of the absence is over.
+        """
+        session.returned()
         with suppress(CapacityError, CheckpointError, Waiting):
             self.bring_back(session, ahead=True)
 
@@ -272,10 +279,7 @@ class Tiers:
         if session.idle_hint is None or session.resident:
             return
         wait = max(0.0, _left(session, time.monotonic()) - LEAD)
-        timer = threading.Timer(wait, _due, (weakref.ref(self), weakref.ref(session)))
-        timer.daemon = True
-        session.away = timer
-        timer.start()
+        session.away = self._clock.after(wait, partial(_due, weakref.ref(self), weakref.ref(session)))
 
     def forget(self, session: Session) -> None:
         """Drop what is under way for a closing session."""

@@ -1,4 +1,4 @@
-"""The part of the state machine in which a process dies: what autosave left goes on in another compiled model."""
+"""The part of the state machine in which sessions are saved: checkpoints, and autosave when a process dies."""
 
 from __future__ import annotations
 
@@ -13,14 +13,49 @@ from hypothesis.stateful import precondition, rule
 import djinn_fx as djinn
 from tests.runtime import acts
 from tests.runtime.live import Live
-from tests.runtime.machine import Stage, anyone, has_run, some
+from tests.runtime.machine import MOST, Stage, anyone, has_run, some, stopped
 from tests.runtime.setups import compiled
 
 
 class Recovery(Stage):
-    """Autosave, and recovery elsewhere."""
+    """Checkpoints and their files; autosave, and recovery elsewhere."""
 
     deaths = 0
+
+    @precondition(lambda self: self.lives and len(self.saved) < 2)
+    @rule(who=acts.PICK, touch=acts.TOUCH)
+    def checkpoint(self, who: int, touch: str | None) -> None:
+        live = self.at_a_stop(who) if who % 3 else self.pick(who, anyone)
+        self.touch(live, touch)
+        with self.acting(live):
+            take = live.stop.checkpoint if stopped(live) and who % 2 else live.session.checkpoint
+            size = live.session.extent * self.dj.engine.arena.bytes_per_position + acts.LARGEST
+            made = self.roomy(size, take)
+            if made is not None:
+                self.saved = [*self.saved, (made, live.shadow.copy(), self.more)]
+
+    @precondition(lambda self: bool(self.saved))
+    @rule(which=acts.PICK, through_file=st.booleans(), point=st.none() | acts.breakpoints(), then=acts.THEN)
+    def restore(self, which: int, through_file: bool, point: djinn.Breakpoint | None, then: str) -> None:
+        made, shadow, had = self.saved[which % len(self.saved)]
+        shadow = shadow.copy()
+        if not self.free:
+            self.refused(lambda: self.dj.restore(made, exact=had == self.more))
+            return
+        if len(self.lives) >= MOST:
+            return
+        if through_file:
+            made = self.through_file(made, shadow)
+        if had != self.more:
+            self.refused(lambda: self.dj.restore(made), error=djinn.CheckpointError)
+        points = [point] if point and shadow.script.calls else []
+        shadow.points += self.armed(points)
+        with self.acting() as touched:
+            back = self.newcomer(1, lambda: self.dj.restore(made, breakpoints=points, exact=had == self.more))
+            if back is not None:
+                touched.append(self.adopt(back, shadow))
+        if touched:
+            self.then(touched[0], then)
 
     @precondition(lambda self: self.deaths < 2)
     @some(anyone)

@@ -106,7 +106,7 @@ def test_nobody_waits_for_ever_nor_in_a_callback(pool: ThreadPoolExecutor) -> No
         with another_dj("llama", max_sessions=2, row_wait=patience) as dj:
             busy = Busy(dj, pool)
             begun = time.monotonic()
-            with pytest.raises(djinn.CapacityError, match="other threads are driving sessions .* row_wait"):
+            with pytest.raises(djinn.CapacityError, match=r"other threads are driving sessions .* row_wait"):
                 dj.session()
             assert time.monotonic() - begun >= at_least
             busy.release(dj)

@@ -1,0 +1,49 @@
+"""Alarms: in the order of their times, on one thread that ends with them."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from djinn_fx.runtime import alarm as module
+from djinn_fx.runtime.alarm import AlarmClock
+
+
+def threads() -> int:
+    return sum(thread.name == "djinn_fx alarms" for thread in threading.enumerate())
+
+
+def test_order_of_times_on_one_thread() -> None:
+    clock, rung = AlarmClock(), list[int]()
+    before = threads()
+    alarms = [clock.after(seconds, lambda n=number: rung.append(n)) for number, seconds in enumerate((0.2, 0.1, 0.15))]  # type: ignore[misc]
+    assert threads() == before + 1
+    for each in alarms:
+        each.join(30)
+    assert rung == [1, 2, 0]
+
+
+def test_an_earlier_one_wakes_the_thread_and_a_cancelled_one_does_nothing() -> None:
+    clock, rung = AlarmClock(), list[str]()
+    late = clock.after(3600, lambda: rung.append("late"))
+    soon = clock.after(0.0, lambda: rung.append("soon"))
+    soon.join(30)
+    late.cancel()
+    late.join(30)
+    assert rung == ["soon"] and late.spent
+
+
+def test_the_thread_ends_and_another_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LINGER", 0.01)
+    clock = AlarmClock()
+    for _ in range(2):
+        clock.after(0.0, lambda: None).join(30)
+        thread = clock._thread
+        if thread is not None:
+            thread.join(30)
+        deadline = time.monotonic() + 30
+        while clock._thread is not None and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert clock._thread is None
