@@ -78,7 +78,7 @@ brought_back = ((gap(patched[:, -1]) - low) / (high - low)).reshape(len(places),
 words = [tokenizer.decode([token]) for token in ids["corrupted"]]
 (differs,) = (index for index, (a, b) in enumerate(zip(*ids.values(), strict=True)) if a != b)
 figure, axes = plt.subplots(figsize=(9, 3.4), layout="constrained")
-picture = axes.imshow(brought_back, vmin=-1, vmax=1, cmap="RdBu", aspect="auto", origin="lower")
+picture = axes.imshow(brought_back.numpy(), vmin=-1, vmax=1, cmap="RdBu", aspect="auto", origin="lower")
 axes.set_xticks(range(length), words, rotation=45, ha="right")
 axes.get_xticklabels()[differs].set_fontweight("bold")
 axes.set_yticks(range(len(places)), places)
