@@ -6,6 +6,8 @@ Nanda 2024 have the good habits.) Every place is a row of one batch, so the whol
 """
 
 # %%
+from collections.abc import Callable
+
 import matplotlib.pyplot as plt
 import torch
 
@@ -51,7 +53,7 @@ places = list(cache)  # "resid_pre.0", "resid_mid.0", "resid_post.0", ...: in th
 length = len(ids["corrupted"])
 
 
-def patch_of(layer: int, name: str) -> tuple[str, object]:
+def patch_of(layer: int, name: str) -> tuple[str, Callable[[torch.Tensor], torch.Tensor]]:
     """A hook that puts the clean value of one layer into that layer's rows, at one position in each."""
     rows, positions = torch.arange(length) + layer * length, torch.arange(length)
 

@@ -103,7 +103,7 @@ def _lens(stop: Stop, value: torch.Tensor, marks: Sequence[int]) -> Table:
     title = "logit lens: what the model would say if it ended here" if most else ""
     columns = ("position", "token", "norm", *["likeliest next", *[""] * most][:most])
     own = stop.within.tokens[-len(stop.positions) :]
-    cells = tuple(
+    cells: tuple[tuple[Cell, ...], ...] = tuple(
         (str(stop.positions[index]), word(stop.session.engine, own[index]), short(norm), *more)
         for index, norm, more in zip(chosen, norms_of(rows), words, strict=True)
     )

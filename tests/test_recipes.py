@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-import nbformat
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from nbclient.exceptions import CellExecutionError
 
-from examples.make_notebooks import FOLDER, HERE, RECIPES, cells, execute, fleeting, notebook, pictures
-
-Outputs = dict[str, list[Any]]
+from examples.make_notebooks import FOLDER, HERE, RECIPES, cells, execute, fleeting, nbformat, notebook, pictures
 
 
 def stored(name: str) -> Any:
@@ -100,7 +98,7 @@ def test_a_script_runs_as_it_stands(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     path = HERE / "logit_lens.py"
     with contextlib.redirect_stdout(io.StringIO()) as out:
         exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), {"__name__": "__main__"})
-    matplotlib.pyplot.close("all")
+    plt.close("all")
     assert len(out.getvalue().splitlines()) > 5
     assert not list(tmp_path.iterdir()), "it leaves nothing behind"
 
