@@ -52,7 +52,8 @@ def page(view: View) -> str:
         inside.append(f'<table style="border:none;font-size:inherit;margin:2px 0">{rows}</table>')
     for part in view.parts:
         inside.append(_table(part) if isinstance(part, Table) else _named(*part))
-    return f'<div style="font:13px/1.45 system-ui,sans-serif;color:inherit;max-width:64em">{"".join(inside)}</div>'
+    style = "font:13px/1.45 system-ui,sans-serif;color:inherit;max-width:64em;overflow-x:auto"
+    return f'<div style="{style}">{"".join(inside)}</div>'
 
 
 def sparkline(curve: Curve, width: int = 420, height: int = 44) -> str:
@@ -117,7 +118,7 @@ def _table(table: Table) -> str:
     def cells(kind: str, row: Sequence[Cell], more: str = "") -> str:
         sides = ["left" if left else "right" for left in table.left]
         inner = "".join(
-            f'<{kind} style="text-align:{side};padding:0 8px 0 0{more}">{_cell(cell)}</{kind}>'
+            f'<{kind} style="text-align:{side};padding:0 8px 0 0;white-space:nowrap{more}">{_cell(cell)}</{kind}>'
             for cell, side in zip(row, sides, strict=True)
         )
         return f'<tr style="background:none">{inner}</tr>'

@@ -6,6 +6,8 @@ Nanda 2024 have the good habits.) Every place is a row of one batch, so the whol
 """
 
 # %%
+from collections.abc import Callable
+
 import matplotlib.pyplot as plt
 import torch
 
@@ -51,7 +53,7 @@ places = list(cache)  # "resid_pre.0", "resid_mid.0", "resid_post.0", ...: in th
 length = len(ids["corrupted"])
 
 
-def patch_of(layer: int, name: str) -> tuple[str, object]:
+def patch_of(layer: int, name: str) -> tuple[str, Callable[[torch.Tensor], torch.Tensor]]:
     """A hook that puts the clean value of one layer into that layer's rows, at one position in each."""
     rows, positions = torch.arange(length) + layer * length, torch.arange(length)
 
@@ -78,7 +80,7 @@ brought_back = ((gap(patched[:, -1]) - low) / (high - low)).reshape(len(places),
 words = [tokenizer.decode([token]) for token in ids["corrupted"]]
 (differs,) = (index for index, (a, b) in enumerate(zip(*ids.values(), strict=True)) if a != b)
 figure, axes = plt.subplots(figsize=(9, 3.4), layout="constrained")
-picture = axes.imshow(brought_back, vmin=-1, vmax=1, cmap="RdBu", aspect="auto", origin="lower")
+picture = axes.imshow(brought_back.numpy(), vmin=-1, vmax=1, cmap="RdBu", aspect="auto", origin="lower")
 axes.set_xticks(range(length), words, rotation=45, ha="right")
 axes.get_xticklabels()[differs].set_fontweight("bold")
 axes.set_yticks(range(len(places)), places)

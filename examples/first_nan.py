@@ -24,11 +24,10 @@ prompts = ["It was a bright morning, and Mara felt happy.", "The sky was dark an
 # (65,504). In float32 every number is finite.
 
 # %%
-mlp = model.transformer.h[2].mlp
 neuron = 17
 with torch.no_grad():
-    mlp.c_fc.weight[:, neuron] *= 2000
-    mlp.c_proj.weight[neuron] *= 2000
+    model.get_parameter("transformer.h.2.mlp.c_fc.weight")[:, neuron] *= 2000
+    model.get_parameter("transformer.h.2.mlp.c_proj.weight")[neuron] *= 2000
 assert all(torch.isfinite(model(**tokenizer(prompt, return_tensors="pt")).logits).all() for prompt in prompts)
 model = model.half()
 

@@ -56,7 +56,7 @@ assert (lens[-1] - logits[0].float().softmax(-1)).abs().max() < 1e-5
 # %%
 best = lens.max(-1)
 figure, axes = plt.subplots(figsize=(13, 3.2), layout="constrained")
-picture = axes.imshow(best.values, vmin=0, vmax=1, cmap="Blues", aspect="auto", origin="lower")
+picture = axes.imshow(best.values.numpy(), vmin=0, vmax=1, cmap="Blues", aspect="auto", origin="lower")
 for layer, row in enumerate(best.indices.tolist()):
     for position, token in enumerate(row):
         ink = "white" if best.values[layer, position] > 0.6 else "black"

@@ -21,11 +21,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-import nbformat
+import nbformat as _nbformat
 import typer
 from nbclient import NotebookClient
 from rich.console import Console
 
+nbformat: Any = _nbformat  # its functions have no types
 HERE = Path(__file__).resolve().parent
 FOLDER = HERE / "notebooks"
 

@@ -67,7 +67,7 @@ margin, prompt, seed = 3.0, pairs.neutral[2], 2
 gloomy = djinn.break_at(site, when=djinn.when.probe(w, b - margin), positions="generated")
 
 
-def story(session: djinn.Session, *breakpoints: djinn.Breakpoint) -> djinn.Run:
+def tell(session: djinn.Session, *breakpoints: djinn.Breakpoint) -> djinn.Run:
     """A run that draws 60 tokens, the same ones whenever the model says the same."""
     return session.generate(prompt, max_new_tokens=60, do_sample=True, temperature=0.7, breakpoints=breakpoints)
 
@@ -79,9 +79,9 @@ def moods(text: str | None) -> tuple[int, int]:
 
 
 with dj.session(seed=seed) as s:
-    plain = story(s).result()
+    plain = tell(s).result()
 with dj.session(seed=seed) as s:
-    run = story(s, gloomy)
+    run = tell(s, gloomy)
     fired = [stop.position for stop in run]  # looked at, left alone
     assert torch.equal(run.tokens, plain.tokens)
 print(prompt, plain.text)
@@ -96,7 +96,7 @@ assert moods(plain.text)[0] == 0
 
 # %%
 with dj.session(seed=seed) as s:
-    run = story(s, gloomy)
+    run = tell(s, gloomy)
     silenced = 0
     for stop in run:
         h = stop.value[-1]  # writable, on the device
@@ -113,7 +113,7 @@ with dj.session(seed=seed) as s:
 # %%
 writes = 1.5 * (x[y == 0].mean(0) - x[y == 1].mean(0))
 with dj.session(seed=seed) as s:
-    run = story(s, gloomy)
+    run = tell(s, gloomy)
     edited = []
     for stop in run:
         stop.value[-1] += writes

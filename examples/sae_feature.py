@@ -26,7 +26,7 @@ pairs, site = contrast(), "resid_post.1"
 
 # %%
 prompts = [*pairs.joyful, *pairs.gloomy, *pairs.neutral]
-stories = dj.generate(prompts, max_new_tokens=80, do_sample=True, capture=[site])
+stories = dj.generate(prompts, max_new_tokens=60, do_sample=True, capture=[site])
 x = torch.cat([story.cache[site][1:] for story in stories])  # the first position is like no other
 mean, scale = x.mean(0), x.std()
 print(f"{len(x)} activations of width {x.shape[1]}")
@@ -45,7 +45,7 @@ with torch.no_grad():
     encoder.weight.copy_(decoder.weight.T)
 optimizer = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], lr=3e-3)
 for _ in range(400):
-    batch = (x[torch.randint(len(x), (512,))] - mean) / scale
+    batch = (x[torch.randint(len(x), (256,))] - mean) / scale
     features = encoder(batch).relu()
     loss = (decoder(features) - batch).square().sum(-1).mean() + 1.0 * features.sum(-1).mean()
     optimizer.zero_grad()

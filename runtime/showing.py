@@ -96,18 +96,19 @@ def _lens(stop: Stop, value: torch.Tensor, marks: Sequence[int]) -> Table:
     """The positions that fired and the last one, each with its likeliest next tokens if the model ended here."""
     last = len(stop.positions) - 1
     some = len(marks) <= last  # not just all of them
-    chosen = sorted({*marks[1 - LENSES :], last}) if marks and some else [*range(last + 1)][-LENSES:]
+    chosen = (sorted({*marks, last}) if marks and some else list(range(last + 1)))[-LENSES:]
     rows = value[chosen]
     words, note = _words(stop, rows)
     most = max(map(len, words), default=0)
     title = "logit lens: what the model would say if it ended here" if most else ""
     columns = ("position", "token", "norm", *["likeliest next", *[""] * most][:most])
     own = stop.within.tokens[-len(stop.positions) :]
-    cells = tuple(
+    cells: tuple[tuple[Cell, ...], ...] = tuple(
         (str(stop.positions[index]), word(stop.session.engine, own[index]), short(norm), *more)
         for index, norm, more in zip(chosen, norms_of(rows), words, strict=True)
     )
-    strong = tuple(place for place, index in enumerate(chosen) if some and index in marks)
+    strong = tuple(place for place, index in enumerate(chosen) if index in marks)
+    strong = strong if len(strong) < len(chosen) else ()
     return Table(title, columns, (False, True, False) + (True,) * most, cells, note, strong)
 
 
