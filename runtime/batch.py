@@ -149,7 +149,8 @@ def generate(
     try:
         while queue or live:
             _admit(engine, queue, live, begin)
-            stopped = engine.iterate(list(live.values()))
+            runs = list(live.values())
+            stopped = engine.iterate(runs[: _seats(engine, runs)])
             for stop in stopped:
                 stop.run.finish("breakpoint")
             for index in [index for index, run in live.items() if run.finished]:
@@ -166,7 +167,7 @@ def generate(
 def _admit(
     engine: Engine, queue: deque[Request], live: dict[int, Run], begin: Callable[[Session, Request], Run]
 ) -> None:
-    while queue:
+    while queue and len(live) < engine.arena.rows:
         try:
             session = engine.open_session(queue[0].seed, [run.session for run in live.values()])
         except CapacityError:

@@ -83,8 +83,7 @@ def _come(engine: Engine, runs: Sequence[Run]) -> None:
         run.session.require_open()
         if run.stop is not None:
             run.stop.checked_value()
-    for run in runs:
-        engine.tiers.bring_back(run.session)
+    engine.tiers.bring_back(*(run.session for run in runs))
 
 
 @contextmanager

@@ -163,8 +163,6 @@ class Engine:
             InvalidValue: a seed that is no integer of 64 bits.
         """
         seed = checked_seed(seed)
-        if keep and not self.tiers.line.empty:
-            raise CapacityError("others wait for the next row that comes free.")
         return self.tiers.roomy(lambda: self.seated_session(seed, keep), patient=not keep)
 
     def seated_session(self, seed: int, keep: Sequence[Session] = ()) -> Session:

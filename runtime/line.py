@@ -1,8 +1,9 @@
-"""Standing in line for a row: threads that wait until another thread is through with one.
+"""Standing in line for rows: threads that wait until others are through with some.
 
-A session in the middle of a step keeps its row. Whoever finds all rows taken that way waits, since a step, or the
-call that drives it, comes to its end. While a thread waits, the sessions it wants to drive are not in the middle of
-anything, so others may have their rows: two threads never wait for each other.
+A session in the middle of a step keeps its row. Whoever finds too few rows because of that waits, since a step, or the
+call that drives it, comes to its end. One after the other: while somebody waits, only the first in line is given rows.
+The sessions of those in line are not in the middle of anything, so the first may have their rows too: no two threads
+wait for each other.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from djinn_fx.errors import CapacityError
@@ -27,7 +27,7 @@ class Crowded(CapacityError):
 
 
 class Line:
-    """The threads that wait for a row of one engine.
+    """The threads that wait for rows of one engine, in order.
 
     Args:
         patience: seconds that a thread waits at most; 0: not at all.
@@ -35,7 +35,7 @@ class Line:
 
     def __init__(self, patience: float) -> None:
         self.patience = patience
-        self._waiting: dict[int, Sequence[Run]] = {}
+        self._waiting: dict[int, None] = {}
         self._called = threading.Condition()
         self._numbers = itertools.count(1)
         self.number = 0  # another one after every call
@@ -45,9 +45,13 @@ class Line:
         """Whether nobody waits."""
         return not self._waiting
 
+    def first(self) -> bool:
+        """Whether no other thread was here before this one."""
+        return next(iter(tuple(self._waiting)), threading.get_ident()) == threading.get_ident()
+
     def holds(self, run: Run) -> bool:
-        """Whether a thread waits for a row to drive this run."""
-        return any(run is each for runs in tuple(self._waiting.values()) for each in runs)
+        """Whether the thread that drives a run, or has claimed it, stands in line."""
+        return run.driver in self._waiting or run.owner in self._waiting
 
     def call(self) -> None:
         """A row may have come free; any thread, with or without the engine's lock."""
@@ -57,25 +61,24 @@ class Line:
                 self._called.notify_all()
 
     def leave(self) -> None:
-        """This thread is no longer in line; under the engine's lock, before it does what it waited for."""
-        self._waiting.pop(threading.get_ident(), None)
+        """This thread is not in line any more; under the engine's lock, when it has what it waited for."""
+        if threading.get_ident() in self._waiting:
+            del self._waiting[threading.get_ident()]
+            self.call()
 
-    def wait(self, number: int, deadline: float, runs: Sequence[Run]) -> bool:
-        """Stand in line until somebody calls, or for a glance; False if the deadline has passed.
+    def wait(self, number: int, deadline: float) -> bool:
+        """Stand in line until it is this thread's turn and somebody calls, or for a glance; False after the deadline.
 
         Args:
             number: of the last call before the thread found no row.
             deadline: by the monotonic clock.
-            runs: those that this thread wants to drive; until :meth:`leave` others may have their rows.
         """
-        me, left = threading.get_ident(), deadline - time.monotonic()
+        left = deadline - time.monotonic()
         if left <= 0:
             return False
-        if me not in self._waiting:
-            self._waiting[me] = runs
-            if runs and self.number == number:
-                self.call()
-                number = self.number
+        if threading.get_ident() not in self._waiting:
+            self._waiting[threading.get_ident()] = None
+            self.call()  # the first may have its rows now
         with self._called:
-            self._called.wait_for(lambda: self.number != number, min(left, GLANCE))
+            self._called.wait_for(lambda: self.number != number and self.first(), min(left, GLANCE))
         return True

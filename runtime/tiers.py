@@ -81,8 +81,9 @@ class Tiers:
                 number, job, full = self.line.number, None, ""
                 try:
                     with self._engine.lock:
+                        found = act()
                         self.line.leave()
-                        return act()
+                        return found
                 except Waiting as waiting:
                     job = waiting.job
                 except Crowded as crowded:
@@ -92,7 +93,7 @@ class Tiers:
                     continue
                 if deadline is None:
                     deadline = time.monotonic() + self._patience(runs, patient)
-                if not self.line.wait(number, deadline, runs):
+                if not self.line.wait(number, deadline):
                     raise CapacityError(full)
         finally:
             self.line.leave()
@@ -120,18 +121,18 @@ class Tiers:
         """
         arena = self._engine.arena
         self._settle()
-        if arena.free_rows >= count:
-            return
         found, driven = self._movable(keep, ahead)
         missing = count - arena.free_rows - len(found)
+        if not self.line.first() or (0 < missing <= driven and not ahead):
+            raise Crowded(
+                f"{count} KV row(s) needed: other threads are driving sessions in the rows that could be had of "
+                f"{arena.rows}, and did not come to an end within row_wait={self.line.patience:g} seconds (in a "
+                "callback, at once). Try again, or compile with a larger max_sessions or row_wait."
+            )
         if missing > 0:
-            if not ahead and missing <= driven:
-                raise Crowded(
-                    f"{count} KV row(s) needed: other threads are driving sessions in the rows that could be had of "
-                    f"{arena.rows}, and did not come to an end within row_wait={self.line.patience:g} seconds (in a "
-                    "callback, at once). Try again, or compile with a larger max_sessions or row_wait."
-                )
             arena.require(count)
+        if arena.free_rows >= count:
+            return
         full: str | None = None  # not the error itself: its traceback would keep what lies in these frames
         for session in found:
             try:
@@ -140,7 +141,7 @@ class Tiers:
                 full = str(error)  # a shorter one may still fit
             if arena.free_rows >= count:
                 return
-        self._spill_one(full)
+        self._spill_one(full, keep)
 
     def make_host_room(self, act: Callable[[], Found]) -> Found:
         """Do something that takes host memory; where there is none left, a parked session is sent to the disk.
@@ -153,7 +154,7 @@ class Tiers:
         try:
             return act()
         except CapacityError:
-            self._spill_one(None)
+            self._spill_one(None, ())
             raise
 
     def seats(self, mine: Collection[Session]) -> int:
@@ -188,8 +189,10 @@ class Tiers:
             return True
         return run.driver is None and run.owner in (None, threading.get_ident())
 
-    def _spill_one(self, full: str | None) -> None:
+    def _spill_one(self, full: str | None, keep: Collection[Session]) -> None:
         """Begin to write a parked session to the disk and wait for it; the caller has no room else.
+
+        Not one of ``keep``: it may just have been read, and would go there and back for ever.
 
         Raises:
             Waiting: for the write.
@@ -199,6 +202,7 @@ class Tiers:
             raise Waiting(next(iter(self._writing.values()))[1])
         now = time.monotonic()
         parked = [s for s in self._engine.sessions if isinstance(s.host, Parked) and s.host.nbytes]
+        parked = [session for session in parked if session not in keep]
         for session in sorted(parked, key=lambda s: _order(s, now)):
             host = session.host
             if isinstance(host, Parked) and self.disk.has_room(host.nbytes):
@@ -227,32 +231,40 @@ class Tiers:
 
     # -- up ------------------------------------------------------------------------------------
 
-    def bring_back(self, session: Session, *, ahead: bool = False) -> None:
-        """Give a session a row and its KV back; on CUDA that is only begun, see :meth:`KVArena.arrive`.
+    def bring_back(self, *sessions: Session, ahead: bool = False) -> None:
+        """Give sessions rows and their KV back, all or none; on CUDA that is only begun, see :meth:`KVArena.arrive`.
 
         Args:
-            session: wherever it is.
+            sessions: wherever they are.
             ahead: as in :meth:`make_room`.
 
         Raises:
-            CapacityError: no row can be had, or no device memory; the session stays where it is.
-            CheckpointError: its file was damaged.
+            CapacityError: too few rows can be had, or no device memory; each session stays where it is.
+            CheckpointError: a file was damaged.
             Waiting: the disk.
+            Crowded: rows that other threads are using.
         """
-        _hush(session)
-        if session.host is None:
+        for session in sessions:
+            _hush(session)
+        away = [session for session in sessions if session.host is not None]
+        if not away:
             return
-        host = self._from_disk(session, session.host) if isinstance(session.host, Filed) else session.host
+        hosts = [self._from_disk(s, s.host) if isinstance(s.host, Filed) else s.host for s in away]
         try:
-            self.make_room(1, (session,), ahead=ahead)
+            self.make_room(len(away), sessions, ahead=ahead)
+        except Crowded:
+            raise
         except CapacityError:
-            # Every tier is full, or in pieces too small. Whoever is here already goes on all the same: the other one
-            # waits in ordinary memory, beyond the budget by what this one leaves free there.
-            found = [] if ahead else self._movable((session,), ahead)[0]
-            if not found:
+            # Every tier is full, or in pieces too small. Whoever is here already goes on all the same: others wait in
+            # ordinary memory, beyond the budget by what these leave free there.
+            found, missing = self._movable(sessions, ahead)[0], len(away) - self._engine.arena.free_rows
+            if ahead or len(found) < missing:
                 raise
-            self._engine.park(found[0], beyond=True)
-        self._engine.seat(session, host)
+            for other in found[: max(0, missing)]:
+                self._engine.park(other, beyond=True)
+        for session, host in zip(away, hosts, strict=True):
+            if host is not None:
+                self._engine.seat(session, host)
 
     def _from_disk(self, session: Session, filed: Filed) -> Parked:
         known = self._reading.get(session)
