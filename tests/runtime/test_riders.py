@@ -1,4 +1,4 @@
-"""Runs that nobody watches ride along beside one that stops: the same tokens, and what goes wrong is one run's alone."""
+"""Runs that nobody watches ride along beside one that stops: the same tokens, and failures are one run's alone."""
 
 from __future__ import annotations
 
