@@ -13,7 +13,6 @@ import torch
 import djinn_fx as djinn
 from tests.runtime.tiny import another_dj, make_dj, make_model, prompt
 
-
 #: Tokens of a run that is killed on its way.
 LONG = 160
 

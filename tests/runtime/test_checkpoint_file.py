@@ -36,7 +36,7 @@ TENSORS = {
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    return write_file(tmp_path / "a.safetensors", DOCUMENT, TENSORS)
+    return Path(write_file(tmp_path / "a.safetensors", DOCUMENT, TENSORS))
 
 
 def test_what_is_read_is_what_was_written(path: Path) -> None:

@@ -107,7 +107,7 @@ def test_nobody_waits_for_ever_nor_in_a_callback(pool: ThreadPoolExecutor) -> No
         with another_dj("llama", max_sessions=2, row_wait=patience) as dj:
             busy = Busy(dj, pool)
             begun = time.monotonic()
-            with pytest.raises(djinn.CapacityError, match="other threads are driving sessions .* row_wait"):
+            with pytest.raises(djinn.CapacityError, match=r"other threads are driving sessions .* row_wait"):
                 dj.session()
             assert time.monotonic() - begun >= at_least
             busy.release(dj)
@@ -176,9 +176,7 @@ def test_twelve_threads_on_three_rows(backend: str, budgets: dict[str, Any]) -> 
         def stopped(seed: int) -> list[Result]:
             with dj.session() as a, dj.session() as b:
                 points = ["resid_post.1"]
-                runs = [
-                    s.generate(prompt(4 + seed, seed), max_new_tokens=NEW, breakpoints=points) for s in (a, b)
-                ]
+                runs = [s.generate(prompt(4 + seed, seed), max_new_tokens=NEW, breakpoints=points) for s in (a, b)]
                 assert len(list(dj.as_stopped(runs))) >= 2 * NEW - 2
                 return dj.results(runs)
 
