@@ -86,7 +86,6 @@ class Stage(RuleBasedStateMachine):
             self.held.enter_context(poisoned(self.dj.engine.arena))
         self.lives: list[Live] = []
         self.saved: list[tuple[Checkpoint, Shadow, bool]] = []
-        self.batches = 0
         self.numbers, self.keys = itertools.count(), itertools.count()
         self.latest: Live | None = None
         self.sound = True

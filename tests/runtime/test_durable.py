@@ -8,13 +8,19 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
+import fsspec  # type: ignore[import-untyped]
 import pytest
+import torch
 
 import djinn_fx as djinn
+from djinn_fx.runtime import fingerprint
 from djinn_fx.runtime.checkpoint import Checkpoint
+from tests.runtime.save_child import LONG, long_dj
 from tests.runtime.tiny import another_dj, assert_same, generated, prompt
 
 #: Kills of a saving process; 200 take some seconds.
@@ -75,13 +81,17 @@ def test_an_address_of_fsspec(one: djinn.Dj, tmp_path: Path) -> None:
         next(run)
         held = session.checkpoint()
     for address in ("memory://kept/a.safetensors", f"file://{tmp_path}/b.safetensors"):
-        held.save(address)
-        with one.restore(address) as back:
+        with one.restore(held.save(address)) as back:
             assert back.run is not None
             assert_same(back.run.result(), wanted)
     assert (tmp_path / "b.safetensors").is_file()
     with pytest.raises(djinn.CheckpointError, match="cannot read the checkpoint 'memory://none'"):
         one.restore("memory://none")
+    whole = fsspec.filesystem("memory").cat_file("/kept/a.safetensors")
+    for broken in (whole[:-9], whole[:40], whole[:-9] + bytes(9), b"something else"):
+        fsspec.filesystem("memory").pipe_file("/kept/b.safetensors", broken)
+        with pytest.raises(djinn.CheckpointError, match=r"'memory://kept/b.safetensors' is (damaged|not a djinn)"):
+            one.restore("memory://kept/b.safetensors")
     with pytest.raises(djinn.CheckpointError, match="cannot write the checkpoint 'nonesuch://a'"):
         held.save("nonesuch://a")
 
@@ -136,6 +146,92 @@ def test_autosave_writes_what_changed(one: djinn.Dj, tmp_path: Path) -> None:
         wanted = run.result()
         saver.stop()
     assert len(list(tmp_path.iterdir())) == 1 and wanted.finish_reason == "length"
+
+
+def test_the_weights_are_hashed_once_a_round_and_their_edits_noticed(
+    one: djinn.Dj, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[int] = []
+    real = fingerprint.fingerprint
+
+    def counting(weights: Any) -> Any:
+        hashed.append(len(weights))
+        return real(weights)
+
+    monkeypatch.setattr(fingerprint, "fingerprint", counting)
+    weight = one.engine.identity.weights["model.norm.weight"]
+    with one.session() as a, one.session() as b, one.autosave(tmp_path, every=3600) as saver:
+        saver.save_now()
+        first = len(hashed)
+        for session in (a, b):
+            session.generate(prompt(5), max_new_tokens=2).run_to_end()
+        saver.save_now()
+        assert len(hashed) == first + 1 and saver.errors == []
+        saver.save_now()
+        assert len(hashed) == first + 1, "nothing was written"
+        for told in (True, False):
+            with torch.no_grad():
+                weight.mul_(2) if told else weight.data.div_(2)
+            a.generate(None, max_new_tokens=1).run_to_end()
+            for _ in range(2):  # an edit that leaves no trace is noticed where something is written
+                saver.save_now()
+            for file in tmp_path.iterdir():
+                one.restore(file).close()  # it says the weights of now
+
+
+def test_a_session_that_is_driven_is_saved(one: djinn.Dj, tmp_path: Path) -> None:
+    """Its only quiet moments are those between two steps of a group."""
+    seen: set[int] = set()
+    with one.autosave(tmp_path, every=3600) as saver:
+        sessions = [one.session(seed) for seed in range(3)]
+
+        def tell(_: int) -> None:
+            if sessions[0].length in (9, 20, 30) and sessions[0].length not in seen:
+                seen.add(sessions[0].length)
+                rounds.append(threading.Thread(target=saver.save_now))
+                rounds[-1].start()
+
+        rounds: list[threading.Thread] = []
+        runs = [s.generate(prompt(6, i), max_new_tokens=40, on_token=tell) for i, s in enumerate(sessions)]
+        wanted = [result.tokens.tolist() for result in one.results(runs)]
+        for each in rounds:
+            each.join(60)
+        assert saver.errors == [] and saver.written >= 3
+        for session in sessions:
+            session.close()
+        assert [len(tokens) for tokens in wanted] == [46] * 3
+
+
+def test_autosave_needs_no_pinned_memory(tmp_path: Path) -> None:
+    with another_dj("llama", pinned_bytes=6144) as dj:
+        held = []
+        with dj.session() as session, dj.autosave(tmp_path, every=3600) as saver:
+            session.generate(prompt(20), max_new_tokens=2).run_to_end()
+            held.append(session.checkpoint())
+            with pytest.raises(djinn.CapacityError):
+                session.checkpoint()
+            saver.save_now()
+            assert saver.errors == [] and saver.written
+
+
+def test_a_process_killed_while_it_generates_is_recovered(tmp_path: Path) -> None:
+    """A call that draws its tokens, and a group that does not: what was saved goes on to the tokens it would have."""
+    dying = child("driven", tmp_path)
+    chance = random.Random(1)
+    time.sleep(chance.uniform(0.05, 0.3))
+    kill(dying)
+    with long_dj() as dj:
+        found = sorted(dj.recover(tmp_path), key=lambda session: session.seed)
+        assert [session.seed for session in found] == [0, 1, 2]
+        lengths = [session.length for session in found]
+        assert max(lengths) > 12, lengths
+        for session in found:
+            assert session.run is not None
+            known, after = session.tokens.tolist(), session.run.result().tokens.tolist()
+            with dj.session(seed=session.seed) as twin:
+                again = twin.generate(prompt(6, session.seed), max_new_tokens=LONG, do_sample=not session.seed).result()
+            assert after == again.tokens.tolist() and known == after[: len(known)]
+            session.close()
 
 
 def test_a_killed_process_is_recovered(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import djinn_fx as djinn
+from djinn_fx.runtime.results import Result
 from tests.runtime.live import check_memory
 from tests.runtime.tiny import another_dj, assert_same, generated, guarded, prompt
 
@@ -145,33 +146,58 @@ def test_pinned_rows_are_not_waited_for(dj: djinn.Dj) -> None:
         session.close()
 
 
-@pytest.mark.parametrize("backend", ["eager", "static"])
-def test_eight_threads_on_two_rows(pool: ThreadPoolExecutor, backend: str) -> None:
-    """Each with a session of its own, stops, a group of its own or a queue: all come to their ends, bit for bit."""
-    with another_dj("llama", max_sessions=2, row_wait=120.0, backend=backend) as dj:
-        wanted = [generated(dj, prompt(4 + seed, seed), NEW) for seed in range(8)]
+TIGHT: dict[str, Any] = {"pinned_bytes": 3 * 6144, "disk_bytes": 1 << 20}
 
-        def alone(seed: int) -> Any:
+
+@pytest.mark.parametrize(("backend", "budgets"), [("eager", TIGHT), ("static", {}), ("static", TIGHT)])
+def test_twelve_threads_on_three_rows(backend: str, budgets: dict[str, Any]) -> None:
+    """Alone, in groups and in queues, with stops, forks and moves: all come to their ends, token for token."""
+    with another_dj("llama", max_sessions=3, row_wait=120.0, backend=backend, **budgets) as dj:
+        wanted = [generated(dj, prompt(4 + seed, seed), NEW).tokens.tolist() for seed in range(9)]
+
+        def alone(seed: int) -> list[Result]:
             with dj.session(seed) as s:
-                run = s.generate(
-                    prompt(4 + seed, seed), max_new_tokens=NEW, output_logits=True, breakpoints=["resid_post.0"]
-                )
-                for _ in run:
-                    pass
+                run = s.generate(prompt(4 + seed, seed), max_new_tokens=NEW, breakpoints=["resid_post.0"])
+                for stop in run:
+                    if stop.position == 6:
+                        s.offload()
+                    elif stop.position == 8:
+                        stop.fork(1)[0].run.result()
+                run.rewind(4 + seed)
                 return [run.result()]
 
-        def group(seed: int) -> Any:
+        def group(seed: int) -> list[Result]:
+            with dj.session() as a, dj.session() as b, dj.session() as c:
+                return dj.results([s.generate(prompt(4 + seed, seed), max_new_tokens=NEW) for s in (a, b, c)])
+
+        def queue(seed: int) -> list[Result]:
+            return dj.generate([prompt(4 + seed, seed)] * 5, max_new_tokens=NEW)
+
+        def stopped(seed: int) -> list[Result]:
             with dj.session() as a, dj.session() as b:
-                runs = [s.generate(prompt(4 + seed, seed), max_new_tokens=NEW, output_logits=True) for s in (a, b)]
+                points = ["resid_post.1"]
+                runs = [s.generate(prompt(4 + seed, seed), max_new_tokens=NEW, breakpoints=points) for s in (a, b)]
+                assert len(list(dj.as_stopped(runs))) >= 2 * NEW - 2
                 return dj.results(runs)
 
-        def queue(seed: int) -> Any:
-            return dj.generate([prompt(4 + seed, seed)] * 3, max_new_tokens=NEW, output_logits=True)
-
-        kinds = (alone, group, queue)
-        jobs = [(seed, pool.submit(kinds[seed % 3], seed)) for seed in range(8)]
-        for seed, job in jobs:
-            for result in job.result(120):
-                assert result.tokens.tolist() == wanted[seed].tokens.tolist()
+        kinds = (alone, group, queue, stopped)
+        with ThreadPoolExecutor(12) as threads:
+            jobs = [(number % 9, threads.submit(kinds[number % 4], number % 9)) for number in range(24)]
+            for seed, job in jobs:
+                assert all(result.tokens.tolist() == wanted[seed] for result in job.result(120))
         check_memory(dj)
-        assert not dj.sessions and dj.engine.arena.free_rows == 2 and dj.engine.tiers.line.empty
+        assert not dj.sessions and dj.engine.arena.free_rows == 3 and dj.engine.tiers.line.empty
+
+
+def test_a_session_from_the_disk_is_not_sent_back_to_make_its_own_room() -> None:
+    """Host memory for one session: the one that comes back is read, and the one that leaves goes beyond the budget."""
+    budgets: dict[str, Any] = {"pinned_bytes": 6144, "disk_bytes": 6144}
+    with another_dj("llama", max_sessions=1, **budgets) as dj:
+        sessions = [dj.session(seed) for seed in range(3)]
+        for seed, session in enumerate(sessions):
+            session.generate(prompt(20, seed), max_new_tokens=2).run_to_end()
+        assert sorted(s.tier for s in sessions) == ["device", "disk", "host"]
+        for _ in range(2):
+            for session in sessions:
+                session.generate(None, max_new_tokens=1).run_to_end()
+        check_memory(dj)

@@ -34,14 +34,14 @@ PATHS = {
 BLOCKS = {"gpt2": "transformer.h", "llama": "model.layers"}
 
 
-def make_model(name: str) -> Any:
+def make_model(name: str, positions: int = LENGTH) -> Any:
     """A fresh model; weights large enough that an edit changes what is said, no EOS."""
     arch, _, dtype = name.partition("-")
     with torch.random.fork_rng():
         torch.manual_seed(0)
         shared: Any = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": None, "initializer_range": 0.2}
         if arch == "gpt2":
-            gpt2 = GPT2Config(n_layer=2, n_embd=WIDTH, n_head=4, n_positions=LENGTH, **shared)
+            gpt2 = GPT2Config(n_layer=2, n_embd=WIDTH, n_head=4, n_positions=positions, **shared)
             model: Any = GPT2LMHeadModel(gpt2)
         else:
             llama = LlamaConfig(
@@ -50,7 +50,7 @@ def make_model(name: str) -> Any:
                 num_hidden_layers=2,
                 num_attention_heads=4,
                 num_key_value_heads=2,
-                max_position_embeddings=LENGTH,
+                max_position_embeddings=positions,
                 **shared,
             )
             model = LlamaForCausalLM(llama)
