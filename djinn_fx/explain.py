@@ -11,7 +11,6 @@ from rich import box
 from rich.console import Console, Group
 from rich.table import Table as RichTable
 
-from djinn_fx import views
 from djinn_fx.inspecting.making import trace_of_program
 from djinn_fx.inspecting.tables import Table, tables
 from djinn_fx.inspecting.text import heading
@@ -52,10 +51,7 @@ class Explanation(Shown):
 
     def describe(self) -> View:
         """The heading and the tables; notebooks show it."""
-        each = tables(self.trace)
-        return View(
-            heading(self.trace), parts=tuple(views.Table(t.title, t.columns, t.left, t.rows, t.note) for t in each)
-        )
+        return View(heading(self.trace), parts=tuple(tables(self.trace)))
 
 
 def explain(program: Program, name: str = "program") -> Explanation:

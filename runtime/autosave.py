@@ -55,7 +55,7 @@ class Mark:
             run and (run.finished, len(run.records), tuple(point.left for point in run.breakpoints)),
             stop and (stop.held, stop.waiting), flight and flight.passed,
         )  # fmt: skip
-        self.value: torch.Tensor | None = None if stop is None else stop.value.detach().clone()
+        self.value: torch.Tensor | None = None if stop is None else stop.content.clone()
 
     def same(self, other: Mark | None) -> bool:
         """Whether nothing has changed."""

@@ -66,8 +66,7 @@ def iterate(engine: Engine, runs: Sequence[Run]) -> list[Stop]:
         with engine.lock:
             groups, riding = _launch(engine, moving)
         asking.ask(engine, groups)
-        quiet = set(map(id, riding.runs))
-        others = [run for run in moving if id(run) not in quiet]
+        others = riding.others(moving)
         with engine.lock:
             asking.draw_together(engine, groups)
             _look_ahead(engine, others, groups, riding)
@@ -128,7 +127,7 @@ def take_over(engine: Engine, run: Run) -> None:
         site, value = engine.table.get(stop.site), stop.checked_value()
         # Comparing waits for the device: for others' step, if one was launched ahead. A value that was written and has
         # the same bits all the same makes no difference but to be taken for edited.
-        busy = engine.executor.loop is not None and engine.executor.loop.ahead
+        busy = engine.executor.loop is not None and engine.executor.loop.launched is not None
         if (busy and stop.written) or not same_bits(value, flight.value(site)):
             flight.replace(site, value)
     flight.steer(run.session.steering, engine.sites)
@@ -142,20 +141,18 @@ def _launch(engine: Engine, runs: Sequence[Run]) -> tuple[list[list[Run]], Rider
         the decode groups, and those that ride along in the step in the air.
     """
     waiting = [run for run in runs if _decodes(run)]
-    riding = riders.board(engine, waiting)
-    quiet = set(map(id, riding.runs))
-    executor = engine.executor
-    groups = list(planner.decode_groups([run for run in waiting if id(run) not in quiet], len(quiet), engine.options))
+    riding, executor = riders.board(engine, waiting), engine.executor
+    groups = list(planner.decode_groups(riding.others(waiting), len(riding.runs), engine.options))
     for group in groups:
         batch = [planner.batch_row(run) for run in group]
         for run, values in zip(group, executor.decode(batch, riding.launch), strict=True):
             launched = planner.flight_of(run)
             launched.values, launched.answers, launched.drawn = values, None, None
-    for run in runs:
-        if run.flight is None and id(run) not in quiet:
+    for run in riding.others(runs):
+        if run.flight is None:
             run.flight = Flight(planner.next_chunk(run, engine.options))
         flight = run.flight
-        if flight is not None and not flight.step.decodes and flight.chunk is None:
+        if not flight.step.decodes and flight.chunk is None:
             wanted = [site.name for site in run.capture]
             flight.chunk = executor.begin(BatchRow(run.session.row, flight.step), wanted)
             if waiting and executor.loop is not None:

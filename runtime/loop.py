@@ -58,13 +58,8 @@ class DecodeLoop:
         return self.lanes.sites
 
     @property
-    def ahead(self) -> bool:
-        """Whether a step was launched that nobody has asked for yet."""
-        return self._ahead is not None
-
-    @property
     def launched(self) -> Launch | None:
-        """The step that nobody has asked for yet."""
+        """The step launched ahead that nobody has asked for yet."""
         return self._ahead
 
     # -- one step ------------------------------------------------------------------------------
@@ -79,8 +74,6 @@ class DecodeLoop:
             batch: the rows.
             launch: what :meth:`board` gave, if it was called.
         """
-        if not batch:
-            return []
         shape = batch[0].step.shape
         if any(row.step.shape != shape for row in batch) or len(batch) > min(shape.rows, self.lanes.count):
             raise InternalError("a decode batch mixes program shapes")

@@ -81,7 +81,8 @@ def fork(engine: Engine, run: Run, n: int, seeds: Sequence[int] | None) -> list[
                 twin.flight = _copy_flight(engine, flight_of(run), child.row)
                 child.adopt(twin)
                 copied = deliver(engine, twin, site, stop.fired)
-                copied.value = value
+                if not stop.untouched:
+                    copied.value = value
                 made.append(copied)
     except BaseException:
         for child in children:

@@ -68,7 +68,7 @@ def _stand(run: Run, step: Step, saved: StopState, exact: bool) -> None:
     stop = moves.arrive(engine, run, step, engine.table.get(saved.site), saved.fired)
     if saved.changed:
         stop.value = saved.value
-    elif exact and not same_bits(stop.value, saved.value):
+    elif exact and not same_bits(stop.content, saved.value):
         raise CheckpointError(
             f"the step in which this checkpoint was taken gives other bits here at {saved.site!r}, although model and "
             "environment are the same on paper. Were weights changed in place since? Pass exact=False to accept "

@@ -36,6 +36,11 @@ class Riders:
     seats: tuple[Seat, ...] = ()
     launch: Launch | None = None
 
+    def others(self, runs: Iterable[Run]) -> list[Run]:
+        """Those of some runs that do not ride."""
+        riding = set(map(id, self.runs))
+        return [run for run in runs if id(run) not in riding]
+
     def staying(self, engine: Engine) -> list[Seat]:
         """The seats of those whose step in the air is not their last one, whatever it comes to."""
         options = engine.options

@@ -49,7 +49,7 @@ _RESIDUALS = ("resid_pre", "resid_mid", "resid_post")
 
 def stop_view(stop: Stop) -> View:
     """Where and why a run stopped, the norm at each position, and the logit lens at the last ones."""
-    engine, value = stop.session.engine, stop.value.detach()
+    engine, value = stop.session.engine, stop.content
     state = "" if stop.current else "stale: the run went on from here; its value can still be read"
     if stop.session.closed or engine.closed:
         state = "of a closed session; its value can still be read"
@@ -169,7 +169,7 @@ def run_view(run: Run) -> View:
     ]
     parts: list[tuple[str, Text | Curve] | Table] = [("text", _text(session.engine, prompt, own[len(prompt) :]))]
     if stop is not None and len(stop.positions) > 1:
-        norms = curve(norms_of(stop.value.detach()), stop.positions[0], stop.positions[-1])
+        norms = curve(norms_of(stop.content), stop.positions[0], stop.positions[-1])
         parts.append((f"norm at each position, {stop.site}", norms))
     return View(f"Run: {run.options.kind}", state, tuple(facts), tuple(parts))
 

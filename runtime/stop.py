@@ -119,6 +119,11 @@ class Stop(Shown):
             )
         self._value = new.clone()
 
+    @property
+    def content(self) -> torch.Tensor:
+        """The activation, for those who only look and hand it to nobody."""
+        return self._value.detach()
+
     def _require_fit(self, new: torch.Tensor) -> None:
         if _kind(new) != self._kind:
             shape, dtype, device = self._kind
@@ -134,7 +139,7 @@ class Stop(Shown):
             InvalidValue: its shape, dtype or device was changed, by ``stop.value.data = ...`` or in place.
         """
         self._require_fit(self._value)
-        return self._value.detach()
+        return self.content
 
     @property
     def written(self) -> bool:

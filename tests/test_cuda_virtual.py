@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import djinn_fx as djinn
 from tests.backends import compile_model, least
 from tests.cuda_models import BACKEND, DEVICE, NEW, PROMPT, TEXTS, assert_same, generated
+from tests.runtime.streams import deep_model
 
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 
@@ -25,24 +25,7 @@ LAYERS, VOCAB = 7, 96
 @cache
 def model_of(name: str) -> Any:
     """A model on the CPU; layers large enough that a copy takes longer than a launch."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        shared: Any = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": None, "initializer_range": 0.05}
-        if name == "gpt2":
-            gpt2 = GPT2Config(n_layer=LAYERS, n_embd=512, n_head=8, n_positions=64, **shared)
-            return GPT2LMHeadModel(gpt2).eval()
-        llama = LlamaConfig(
-            hidden_size=512,
-            intermediate_size=1024,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=8,
-            num_key_value_heads=2,
-            max_position_embeddings=64,
-            tie_word_embeddings=False,
-            **shared,
-        )
-        made: Any = LlamaForCausalLM(llama)
-        return made.to(torch.bfloat16).eval()
+    return deep_model(name, LAYERS, width=512, heads=8, inner=1024, spread=0.05, vocab=VOCAB, length=64)
 
 
 @cache

@@ -8,6 +8,7 @@ from djinn_fx.debugger import forking, points, shows
 from djinn_fx.debugger.expressions import explain
 from djinn_fx.debugger.lens import lens_at
 from djinn_fx.errors import InvalidValue
+from djinn_fx.runtime.wording import word
 
 if TYPE_CHECKING:
     from djinn_fx.debugger.interpreter import Debugger
@@ -65,7 +66,7 @@ def tokens(d: Debugger, rest: str) -> None:
     """Tokens with positions."""
     known = d.session.tokens
     d.say_python(f"print(s{d.current}.tokens)")
-    d.write("  ".join(f"{i}:{shows.token_text(d.dj, int(t))}" for i, t in enumerate(known)))
+    d.write("  ".join(f"{i}:{word(d.dj.engine, int(t))}" for i, t in enumerate(known)))
 
 
 def info(d: Debugger, rest: str) -> None:

@@ -6,20 +6,13 @@ from dataclasses import dataclass
 
 import torch
 
-from djinn_fx.debugger.shows import token_text
 from djinn_fx.dj import Dj
 from djinn_fx.errors import DjinnError
 from djinn_fx.runtime.stop import Stop
+from djinn_fx.runtime.wording import word
+from djinn_fx.views import Share
 
 _BARS = "▁▂▃▄▅▆▇█"
-
-
-@dataclass(frozen=True)
-class Word:
-    """A token and its probability, as the model would say it if it ended there."""
-
-    text: str
-    probability: float
 
 
 @dataclass(frozen=True)
@@ -54,10 +47,10 @@ class Lens:
     """
 
     sites: tuple[str, ...]
-    words: tuple[tuple[Word, ...], ...]
+    words: tuple[tuple[Share, ...], ...]
     moved: tuple[Moved, ...]
     here: str | None
-    value: tuple[Word, ...] = ()
+    value: tuple[Share, ...] = ()
 
     @property
     def most(self) -> float:
@@ -73,15 +66,15 @@ class Lens:
             lines.append(f"  {moved.text:<{width}}  {moved.spark(self.most)}  rank {ranks}")
         return "\n".join(lines)
 
-    def named(self) -> list[tuple[str, tuple[Word, ...]]]:
+    def named(self) -> list[tuple[str, tuple[Share, ...]]]:
         """Sites with their words, the value itself last."""
         found = list(zip(self.sites, self.words, strict=True))
         return [*found, ("here", self.value)] if self.value else found
 
 
-def row(words: tuple[Word, ...]) -> str:
+def row(words: tuple[Share, ...]) -> str:
     """Words with their probabilities."""
-    return "  ".join(f"{word.text} {word.probability:.0%}" for word in words) if words else "not finite"
+    return "  ".join(f"{said.text} {said.share:.0%}" for said in words) if words else "not finite"
 
 
 def lens_at(dj: Dj, stop: Stop, count: int = 3) -> Lens:
@@ -100,7 +93,7 @@ def lens_at(dj: Dj, stop: Stop, count: int = 3) -> Lens:
     best = chances[last].nan_to_num(0).topk(min(count, chances.shape[-1])).indices.tolist() if sound.any() else []
     moved = tuple(
         Moved(
-            token_text(dj, token),
+            word(dj.engine, token),
             tuple(chances[:, token].tolist()),
             tuple(((1 + (logits > logits[:, token, None]).sum(-1)) * sound).tolist()),
         )
@@ -112,10 +105,10 @@ def lens_at(dj: Dj, stop: Stop, count: int = 3) -> Lens:
     return Lens(tuple(cache), tuple(_words(dj, p, count) for p in chances), moved, here, value)
 
 
-def _words(dj: Dj, chances: torch.Tensor, count: int) -> tuple[Word, ...]:
+def _words(dj: Dj, chances: torch.Tensor, count: int) -> tuple[Share, ...]:
     if not torch.isfinite(chances).all():
         return ()
     best = chances.topk(min(count, chances.shape[-1]))
     return tuple(
-        Word(token_text(dj, token), p) for token, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        Share(word(dj.engine, token), p) for token, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)
     )

@@ -9,10 +9,11 @@ from rich.text import Text
 
 from djinn_fx import render
 from djinn_fx.debugger import shows
-from djinn_fx.debugger.lens import Lens, Moved, Word, lens_at
+from djinn_fx.debugger.lens import Lens, Moved, lens_at
 from djinn_fx.dj import Dj
 from djinn_fx.errors import DjinnError
 from djinn_fx.runtime.stop import Stop
+from djinn_fx.views import Share
 
 if TYPE_CHECKING:
     from djinn_fx.debugger.interpreter import Debugger
@@ -104,16 +105,16 @@ def _lens(lens: Lens, width: int) -> Text:
     return found
 
 
-def _row(words: tuple[Word, ...], wide: list[int]) -> Text:
+def _row(words: tuple[Share, ...], wide: list[int]) -> Text:
     if not words:
         return Text("not finite", BAD)
     found = Text()
     for rank, (word, room) in enumerate(zip(words, wide, strict=False)):
-        found.append(f"{word.text:<{room}} ", "bold" if not rank else "").append(f"{word.probability:>3.0%}   ", DIM)
+        found.append(f"{word.text:<{room}} ", "bold" if not rank else "").append(f"{word.share:>3.0%}   ", DIM)
     return found
 
 
-def _chosen(lens: Lens) -> list[tuple[str, tuple[Word, ...]]]:
+def _chosen(lens: Lens) -> list[tuple[str, tuple[Share, ...]]]:
     """The layers to show: the last ones' neighbours are much alike, so they are thinned out evenly."""
     named = lens.named()
     if len(named) <= LAYERS:

@@ -10,19 +10,15 @@ from djinn_fx import render
 from djinn_fx.dj import Dj
 from djinn_fx.runtime.run import Run
 from djinn_fx.runtime.stop import Stop
+from djinn_fx.runtime.wording import word
 from djinn_fx.sites import Site
 from djinn_fx.specs import Edit
-
-
-def token_text(dj: Dj, token: int) -> str:
-    """One token as text, or its number where there is no tokenizer."""
-    return repr(dj.engine.decode_text([token])) if dj.engine.tokenizer is not None else str(token)
 
 
 def stopped(stop: Stop, dj: Dj) -> str:
     """Where a run stands, in one line, and its numbers in another."""
     where = f"stopped after {stop.site}, {stop.phase}, position {stop.position}"
-    return f"{where}, token {token_text(dj, int(stop.tokens[-1]))}\n{numbers(stop.value[-1])}"
+    return f"{where}, token {word(dj.engine, int(stop.tokens[-1]))}\n{numbers(stop.value[-1])}"
 
 
 def numbers(h: torch.Tensor) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from djinn_fx import views
 from djinn_fx.inspecting.changes import changes, segments_at_end
 from djinn_fx.inspecting.text import classes, segment_nodes
 from djinn_fx.passes.trace import SegmentCost, Trace
@@ -11,22 +12,10 @@ from djinn_fx.program import SegmentInfo
 
 
 @dataclass(frozen=True)
-class Table:
-    """Rows of text.
+class Table(views.Table):
+    """A table whose cells are all text."""
 
-    Attributes:
-        title: what it shows.
-        columns: their names.
-        left: for each column whether it is aligned to the left.
-        rows: the cells.
-        note: a line below.
-    """
-
-    title: str
-    columns: tuple[str, ...]
-    left: tuple[bool, ...]
     rows: tuple[tuple[str, ...], ...]
-    note: str = ""
 
 
 def tables(trace: Trace) -> list[Table]:

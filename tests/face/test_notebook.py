@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,6 @@ from djinn_fx.runtime.receipt import Check, Receipt
 from djinn_fx.views import Curve, Share, Table, Text, View
 from tests.bits import assert_same_bits
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 PROMPT = "It was a grey morning, and Mara felt sad."
 LIMIT = 30_000
 
@@ -236,17 +233,6 @@ def test_a_curve_of_any_values_is_sound(values: tuple[float, ...]) -> None:
 
 
 # -- in a browser ------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    sync = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if CHROMIUM is None:
-        pytest.skip("no Chromium")
-    with sync.sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield found
-        found.close()
 
 
 @pytest.mark.parametrize("ink", ["rgb(17, 17, 17)", "rgb(221, 221, 221)"])

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +12,6 @@ import pytest
 from djinn_fx.inspecting.page import document, page
 from djinn_fx.passes.trace import SegmentCost
 from tests.inspecting.subjects import trace
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 def test_the_page_needs_nothing_else_and_is_small() -> None:
@@ -35,17 +31,6 @@ def test_equal_layers_are_folded_in_the_data() -> None:
 def test_what_a_model_is_called_cannot_break_the_page() -> None:
     text = page(replace(trace("llama-4"), model="</script><b>{{js}}"))
     assert text.count("</script>") == 2
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    sync = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if CHROMIUM is None:
-        pytest.skip("no Chromium")
-    with sync.sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield found
-        found.close()
 
 
 def opened(browser: Any, path: Path, scheme: str = "light") -> tuple[Any, list[str]]:

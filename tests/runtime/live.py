@@ -18,6 +18,7 @@ from djinn_fx.runtime.steering import SteerHandle
 from djinn_fx.runtime.stop import Stop
 from tests.bits import same_bits
 from tests.oracle import Played
+from tests.runtime.tiny import assert_same
 from tests.session_script import Shadow, World
 
 
@@ -244,3 +245,12 @@ def check_memory(dj: djinn.Dj) -> None:
         # Away, it is what was sent: a step in the air that was abandoned since counts.
         assert place.nbytes == least or (place.tier != "device" and place.nbytes > least), (place, session.extent)
         assert not place.pinned or place.tier == "device", place
+
+
+def ended(dj: djinn.Dj, runs: Sequence[Run], wanted: Sequence[Result]) -> None:
+    """Bring every run to its end: each comes to what it must be, to the bit, and no row is lost."""
+    check_memory(dj)
+    for run, result in zip(runs, wanted, strict=True):
+        assert_same(run.result(), result)
+        run.session.close()
+    assert dj.engine.arena.free_rows == dj.engine.arena.rows

@@ -21,26 +21,34 @@ PROMPT = [(7 * i) % 60 + 3 for i in range(21)]
 BACKENDS = ("eager", "static")
 
 
-@cache
-def model_of(name: str) -> Any:
+def deep_model(
+    name: str, layers: int, width: int, heads: int, inner: int, spread: float, vocab: int, length: int
+) -> Any:
+    """A model on the CPU: ``gpt2`` in fp32, or a llama in bf16 whose embeddings are not tied."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        shared: Any = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": None, "initializer_range": 0.2}
+        shared: Any = {"vocab_size": vocab, "bos_token_id": 1, "eos_token_id": None, "initializer_range": spread}
         if name == "gpt2":
-            gpt2 = GPT2Config(n_layer=LAYERS, n_embd=32, n_head=4, n_positions=LENGTH, **shared)
+            gpt2 = GPT2Config(n_layer=layers, n_embd=width, n_head=heads, n_positions=length, **shared)
             return GPT2LMHeadModel(gpt2).eval()
         llama = LlamaConfig(
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=4,
+            hidden_size=width,
+            intermediate_size=inner,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
             num_key_value_heads=2,
-            max_position_embeddings=LENGTH,
+            max_position_embeddings=length,
             tie_word_embeddings=False,
             **shared,
         )
         made: Any = LlamaForCausalLM(llama)
         return made.to(torch.bfloat16).eval()
+
+
+@cache
+def model_of(name: str) -> Any:
+    """The session's model of this name."""
+    return deep_model(name, LAYERS, width=32, heads=4, inner=48, spread=0.2, vocab=VOCAB, length=LENGTH)
 
 
 def make(model: Any, backend: str, budget: int | None, **options: Any) -> djinn.Dj:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -179,3 +180,15 @@ def test_a_token_drawn_ahead_is_not_the_forks() -> None:
         assert flight_of(fork.run).drawn is None
         assert flight.drawn == 7
     dj.close()
+
+
+def test_nobody_who_only_looks_makes_a_stop_seem_touched(dj: djinn.Dj, tmp_path: Path) -> None:
+    with dj.session() as session:
+        stop = next(session.generate(prompt(9), max_new_tokens=3, breakpoints=["resid_post.0"]))
+        with dj.autosave(tmp_path, every=3600) as saver:
+            saver.save_now()
+        stop.describe()
+        (copy,) = stop.fork(1)
+        assert stop.untouched and copy.untouched
+        assert_same_bits(copy.value, stop.value)
+        assert not (stop.untouched or stop.written or copy.written)

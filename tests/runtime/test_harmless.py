@@ -11,7 +11,7 @@ import torch
 import djinn_fx as djinn
 from djinn_fx.runtime.results import Result
 from djinn_fx.runtime.run import Run
-from tests.runtime.live import check_memory
+from tests.runtime.live import ended
 from tests.runtime.tiny import another_dj, assert_same, generated, guarded, prompt
 
 LONG, NEW, COUNT = 20, 8, 3
@@ -48,15 +48,6 @@ def begun(dj: djinn.Dj, **first: Any) -> list[Run]:
         )
         for seed in range(COUNT)
     ]
-
-
-def ended(dj: djinn.Dj, runs: list[Run], wanted: list[Result]) -> None:
-    """Nobody's bits changed, the upset one's neither, and no row is lost."""
-    check_memory(dj)
-    for run, result in zip(runs, wanted, strict=True):
-        assert_same(run.result(), result)
-        run.session.close()
-    assert dj.engine.arena.free_rows == dj.engine.arena.rows
 
 
 def upset_at(count: int) -> Callable[..., Any]:

@@ -16,7 +16,7 @@ import djinn_fx as djinn
 from djinn_fx.runtime import checkpoint, checkpoint_file, moves, pinned
 from djinn_fx.runtime.results import Result
 from djinn_fx.runtime.run import Run
-from tests.runtime.live import check_memory
+from tests.runtime.live import ended
 from tests.runtime.tiny import another_dj, assert_same, generated, guarded, prompt
 
 LONG, NEW, COUNT = 20, 6, 3
@@ -52,14 +52,6 @@ def begun(dj: djinn.Dj, steps: int) -> list[Run]:
         for _ in range(steps):
             next(runs[-1])
     return runs
-
-
-def ended(dj: djinn.Dj, runs: list[Run], wanted: list[Result]) -> None:
-    """Everybody goes on with the same bits, and no row is lost."""
-    check_memory(dj)
-    for run, result in zip(runs, wanted, strict=True):
-        assert_same(run.result(), result)
-        run.session.close()
 
 
 def raises(error: BaseException) -> Callable[..., Any]:
