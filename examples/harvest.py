@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -34,6 +35,9 @@ Item = TypeVar("Item")
 
 FORMAT = "djinn_fx harvest 1"
 INDEX = "index.json"
+
+#: Folder of files that are being written: a kill leaves what it likes there, and nothing elsewhere.
+UNFINISHED = ".unfinished"
 
 
 @dataclass(frozen=True)
@@ -178,6 +182,7 @@ def harvest(
     """
     out.mkdir(parents=True, exist_ok=True)
     index = _begin(out, {"format": FORMAT, "model": model, "text": _digest(text), "plan": asdict(plan)})
+    shutil.rmtree(out / UNFINISHED, ignore_errors=True)  # what a kill left
     done = index["shards"]
     groups = _grouped(_grouped(windows(text, tokenizer, plan.length), plan.rows), plan.batches)
     if done:
@@ -195,6 +200,7 @@ def harvest(
         background.close()
     index |= {"tokens": sum(shard["tokens"] for shard in done), "complete": True}
     _write_index(out, index)
+    (out / UNFINISHED).rmdir()
     return index
 
 
@@ -251,7 +257,8 @@ def _write_index(out: Path, index: dict[str, Any]) -> None:
 
 def _whole(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file that is there whole or not at all, whenever this process ends."""
-    part = path.with_name(path.name + ".part")
+    part = path.parent / UNFINISHED / path.name
+    part.parent.mkdir(exist_ok=True)
     write(part)
     with part.open("rb") as file:
         os.fsync(file.fileno())

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 import djinn_fx as djinn
 from djinn_fx.bundled import storyteller
-from examples.harvest import INDEX, Plan, harvest, load, windows
+from examples.harvest import INDEX, UNFINISHED, Plan, harvest, load, windows
 from tests.bits import assert_same_bits
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,7 +56,7 @@ def text(tmp_path: Path) -> Path:
 
 
 def files(out: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(out.iterdir())}
+    return {path.name: path.read_bytes() for path in sorted(out.iterdir()) if path.is_file()}
 
 
 def test_every_token_has_its_own_activation_and_no_pad_has_one(text: Path, tmp_path: Path) -> None:
@@ -89,10 +89,11 @@ def test_killed_and_begun_again_it_is_as_if_nothing_had_been(text: Path, tmp_pat
     assert answer.returncode == -signal.SIGKILL, answer.stderr
     before = files(killed)
     assert 0 < len(json.loads(before[INDEX])["shards"]) < len(files(whole)) - 1
-    (killed / "harvest-00009.safetensors.part").write_bytes(b"what a kill leaves")
+    (killed / UNFINISHED).mkdir(exist_ok=True)
+    (killed / UNFINISHED / "harvest-00009.safetensors").write_bytes(b"what a kill leaves")
     harvest(*compiled(), text, killed, PLAN)
-    (killed / "harvest-00009.safetensors.part").unlink()
     assert files(killed) == files(whole)
+    assert sorted(path.name for path in killed.iterdir()) == sorted(files(whole)), "what the kill left is gone"
 
 
 def test_a_finished_harvest_computes_nothing(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
