@@ -95,6 +95,11 @@ class KVArena:
         self._read.pop(row, None)  # that stream keeps the order itself
         self._moving[row] = until
 
+    @property
+    def still(self) -> bool:
+        """Whether no row is being filled or cleared by another stream."""
+        return not self._moving
+
     def on_the_way(self, row: int) -> torch.cuda.Event | None:
         """What :meth:`moving` noted of a row, if it has not passed yet."""
         event = self._moving.get(row)

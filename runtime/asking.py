@@ -15,6 +15,7 @@ from djinn_fx.runtime import planner
 from djinn_fx.runtime.breakpoints import Question
 from djinn_fx.runtime.flight import Flight
 from djinn_fx.runtime.launch import LaunchValues
+from djinn_fx.runtime.modes import without_grad
 from djinn_fx.runtime.positions import as_index
 from djinn_fx.runtime.run import Run
 from djinn_fx.runtime.sampling import sample
@@ -39,7 +40,7 @@ def ask(engine: Engine, groups: Sequence[Sequence[Run]]) -> None:
         flight.answers = {key: answer for question in questions for key, answer in question.ask().items()}
 
 
-@torch.no_grad()
+@without_grad
 def _questions(engine: Engine, run: Run) -> list[Question] | None:
     """All that has to be asked before it is known where a run stops in the decode step it is in.
 
@@ -61,14 +62,14 @@ def _questions(engine: Engine, run: Run) -> list[Question] | None:
     return found
 
 
-@torch.no_grad()
+@without_grad
 def values_at(engine: Engine, flight: Flight, site: Site, tokens: list[int]) -> torch.Tensor:
     """A copy of a site's value at some tokens, for a predicate to look at while other threads go on."""
     with engine.lock:
         return flight.value(site)[as_index(tokens)].clone()
 
 
-@torch.no_grad()
+@without_grad
 def draw_together(engine: Engine, groups: Sequence[Sequence[Run]]) -> None:
     """Draw the tokens of decoded rows in few launches, on CUDA, where a row's draw does not depend on its place."""
     if engine.device.type != "cuda":

@@ -47,7 +47,9 @@ def _stops(engine: Engine, runs: Sequence[Run]) -> Iterator[Stop]:
 
 
 def _seats(engine: Engine, runs: Sequence[Run]) -> int:
-    """How many of these runs may take a step together."""
+    """How many of these runs may take a step together: those that have rows already in any case."""
+    if all(run.session.resident for run in runs):
+        return len(runs)
     with engine.lock:
         return max(1, engine.tiers.seats({run.session for run in runs}))
 

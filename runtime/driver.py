@@ -18,6 +18,7 @@ import torch
 from djinn_fx.runtime import asking, cruise, planner, riders
 from djinn_fx.runtime.bits import same_bits
 from djinn_fx.runtime.flight import Flight
+from djinn_fx.runtime.modes import outside_inference, without_grad
 from djinn_fx.runtime.results import StepRecord
 from djinn_fx.runtime.riders import Riders
 from djinn_fx.runtime.run import Run
@@ -40,16 +41,10 @@ def iterate(engine: Engine, runs: Sequence[Run]) -> list[Stop]:
         InvalidPredicate: a predicate failed; its run stays where it was.
         InvalidValue: a stop's value was given another shape or dtype through ``.data``; every run stays where it was.
     """
-    grad = torch.is_grad_enabled()  # callbacks shall see it, and leaving inference mode would turn it on
-    with _driving(engine, runs), torch.inference_mode(False), torch.set_grad_enabled(grad):
+    with _driving(engine, runs), outside_inference():
         engine.tiers.roomy(partial(_come, engine, runs), runs)
-        for run in runs:
-            arriving = engine.arena.on_the_way(run.session.row)
-            if arriving is not None:
-                arriving.synchronize()  # the host waits, without the lock: the device's steps for others shall not
+        _await_rows(engine, runs)
         with engine.lock:
-            for run in runs:
-                engine.arena.arrive(run.session.row)
             for run in runs:
                 if run.flight is not None:
                     _settle(engine, run, run.flight)
@@ -76,6 +71,20 @@ def iterate(engine: Engine, runs: Sequence[Run]) -> list[Stop]:
     return [stop for run in runs if (stop := stops.get(id(run))) is not None]
 
 
+def _await_rows(engine: Engine, runs: Sequence[Run]) -> None:
+    """Wait for KV that is on its way into these runs' rows; the caller holds no lock."""
+    arena = engine.arena
+    if arena.still:
+        return
+    for run in runs:
+        arriving = arena.on_the_way(run.session.row)
+        if arriving is not None:
+            arriving.synchronize()  # the host waits, without the lock: the device's steps for others shall not
+    with engine.lock:
+        for run in runs:
+            arena.arrive(run.session.row)
+
+
 def _come(engine: Engine, runs: Sequence[Run]) -> None:
     """Begin to bring every session back that is away."""
     for run in runs:
@@ -87,19 +96,22 @@ def _come(engine: Engine, runs: Sequence[Run]) -> None:
 
 @contextmanager
 def _driving(engine: Engine, runs: Sequence[Run]) -> Iterator[None]:
+    me = threading.get_ident()
     with engine.lock:
         for run in runs:
-            run.require_still()
+            if run.driver is not None or run.owner is not None:
+                run.require_still()
         for run in runs:
-            run.driver = threading.get_ident()
+            run.driver = me
     try:
         yield
     finally:
+        now = time.monotonic()
         for run in runs:
-            run.driver, run.session.paused_at = None, time.monotonic()
+            run.driver, run.session.paused_at = None, now
 
 
-@torch.no_grad()
+@without_grad
 def _settle(engine: Engine, run: Run, flight: Flight) -> None:
     """Take over what the user changed while the run stood at a stop, and leave the stop."""
     if run.stop is not None:
@@ -117,7 +129,7 @@ def _settle(engine: Engine, run: Run, flight: Flight) -> None:
     run.stand_at(None)
 
 
-@torch.no_grad()
+@without_grad
 def take_over(engine: Engine, run: Run) -> None:
     """Make what the user changed at the stop where a run stands part of its step in the air."""
     stop, flight = run.stop, run.flight
@@ -133,7 +145,7 @@ def take_over(engine: Engine, run: Run) -> None:
     flight.steer(run.session.steering, engine.sites)
 
 
-@torch.no_grad()
+@without_grad
 def _launch(engine: Engine, runs: Sequence[Run]) -> tuple[list[list[Run]], Riders]:
     """Begin the next step of each run and execute what is to be decoded, batched.
 
@@ -207,7 +219,7 @@ def _seek(engine: Engine, run: Run) -> Stop | None:
     return None
 
 
-@torch.no_grad()
+@without_grad
 def execute(engine: Engine, session: Session, step: Step, until: Site | None) -> Flight:
     """Execute a step of a session alone, in its own program shape: whole, or up to ``until``.
 
@@ -257,13 +269,13 @@ def _reach(engine: Engine, run: Run, flight: Flight, site: Site) -> bool:
     return True
 
 
-@torch.no_grad()
+@without_grad
 def deliver(engine: Engine, run: Run, site: Site, fired: Sequence[int]) -> Stop:
     """Stop a run after ``site``: the value is copied into a buffer that the stop owns."""
     flight = planner.flight_of(run)
     flight.passed = site.order
     # Under the lock: another thread's step may want the place where it lies.
-    with engine.lock, torch.inference_mode(False):  # the user may write to it wherever
+    with engine.lock, outside_inference():  # the user may write to it wherever
         value = flight.value(site).clone()
     stop = Stop(run, site, flight.step, value, fired)
     run.stand_at(stop)
@@ -307,7 +319,7 @@ def _recorded(engine: Engine, run: Run, flight: Flight, *, ends: bool) -> StepRe
     return record
 
 
-@torch.no_grad()
+@without_grad
 def _draw(engine: Engine, run: Run, logits: torch.Tensor) -> int:
     session = run.session
     seeds = torch.tensor([session.seed], dtype=torch.int64)

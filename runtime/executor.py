@@ -11,6 +11,7 @@ import torch
 from djinn_fx.errors import InternalError
 from djinn_fx.program import LOGITS, Program
 from djinn_fx.runtime.arena import KVArena
+from djinn_fx.runtime.modes import without_grad
 from djinn_fx.runtime.programs import ProgramCache
 from djinn_fx.runtime.segments import run_segments
 from djinn_fx.runtime.stages import Chunk, Stage, Stages
@@ -115,7 +116,7 @@ class Executor:
     loop: DecodeLoop | None = None
     stages: Stages | None = None
 
-    @torch.no_grad()
+    @without_grad
     def decode(self, batch: Sequence[BatchRow], launch: Launch | None = None) -> Sequence[RowValues | None]:
         """Run one decode step of every row, all in the shape of the first row's step.
 
@@ -142,7 +143,7 @@ class Executor:
             raise InternalError("a step that was asked for now was put off")
         return values
 
-    @torch.no_grad()
+    @without_grad
     def begin(self, row: BatchRow, wanted: Iterable[str] | None = None) -> Chunk:
         """Begin a prompt chunk: nothing runs yet.
 
@@ -158,7 +159,7 @@ class Executor:
         self._seat(chunk)
         return chunk
 
-    @torch.no_grad()
+    @without_grad
     def refresh(self, chunk: Chunk, row: BatchRow) -> None:
         """Give a chunk in flight the inputs of its row as they are now (steering, arena row).
 
@@ -175,7 +176,7 @@ class Executor:
         elif self.stages is None:
             chunk.put(self._inputs([row], program))
 
-    @torch.no_grad()
+    @without_grad
     def advance(self, chunk: Chunk, until: str | None) -> None:
         """Run a chunk's segments up to and including the one that ends at site ``until``."""
         last = len(chunk.program.segments) - 1

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
+from operator import attrgetter, is_, itemgetter
 
 import torch
 from torch import nn
@@ -11,16 +13,16 @@ from torch import nn
 from djinn_fx.errors import CaptureError
 
 #: Where a module keeps what it consists of.
-_TABLES = ("_parameters", "_buffers", "_modules")
+_tables_of = itemgetter("_parameters", "_buffers", "_modules")
 
-_NOTHING = object()
+_kind = attrgetter("dtype", "shape")
 
 
 @dataclass(frozen=True)
 class _Seen:
     tensor: torch.Tensor
     place: int
-    form: tuple[torch.dtype, torch.Size, tuple[int, ...]]
+    form: tuple[object, ...]
 
     def unmoved(self) -> bool:
         """Whether the tensor lies where it lay, in the same form."""
@@ -33,11 +35,13 @@ class WeightGuard:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._seen = {name: _Seen(t, t.data_ptr(), _form(t)) for name, t in _tensors(model).items()}
-        self._all = tuple(self._seen.values())
-        self._tables = tuple(
-            (each, tuple((name, getattr(each, name), tuple(getattr(each, name).items())) for name in _TABLES))
-            for each in model.modules()
-        )
+        self._modules = tuple(vars(each) for each in model.modules())
+        tables = self._tables()
+        self._sizes = list(map(len, tables))
+        self._names = tuple(chain.from_iterable(tables))
+        self._items = tuple(chain.from_iterable(map(dict.values, tables)))
+        self._tensors = tuple(seen.tensor for seen in self._seen.values())
+        self._forms = self._now()
 
     @property
     def tensors(self) -> Mapping[str, torch.Tensor]:
@@ -65,19 +69,29 @@ class WeightGuard:
     def _untouched(self) -> bool:
         """Whether every module holds what it held.
 
-        It is asked at every call: a look at each entry, since walking the names takes ten times as long.
+        It is asked at every call, so nothing here is a loop of Python's own: that, or walking the names, takes
+        several times as long.
         """
-        for module, tables in self._tables:
-            for attribute, table, items in tables:
-                if getattr(module, attribute) is not table or len(table) != len(items):
-                    return False
-                if any(table.get(name, _NOTHING) is not value for name, value in items):
-                    return False
-        return all(seen.unmoved() for seen in self._all)
+        tables = self._tables()
+        return (
+            list(map(len, tables)) == self._sizes
+            and all(map(is_, chain.from_iterable(tables), self._names))
+            and all(map(is_, chain.from_iterable(map(dict.values, tables)), self._items))
+            and self._now() == self._forms
+        )
+
+    def _tables(self) -> list[dict[str, object]]:
+        """The tables of all modules, as they are now."""
+        return list(chain.from_iterable(map(_tables_of, self._modules)))
+
+    def _now(self) -> tuple[list[object], ...]:
+        """Where all tensors lie now, and in what form."""
+        place, stride = torch.Tensor.data_ptr, torch.Tensor.stride
+        return tuple(list(map(what, self._tensors)) for what in (place, stride, _kind))
 
 
-def _form(tensor: torch.Tensor) -> tuple[torch.dtype, torch.Size, tuple[int, ...]]:
-    return tensor.dtype, tensor.shape, tensor.stride()
+def _form(tensor: torch.Tensor) -> tuple[object, ...]:
+    return _kind(tensor), tensor.stride()
 
 
 def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -134,7 +134,8 @@ def _rows(inputs: object, tokenizer: Tokenizer | None) -> list[list[int]]:
         return found
     if isinstance(inputs, Sequence):
         items = list(inputs)
-        if all(isinstance(item, int) and not isinstance(item, bool) for item in items):
+        kinds = set(map(type, items))
+        if all(issubclass(kind, int) and kind is not bool for kind in kinds):
             return [items]
         rows: list[list[int]] = []
         for item in items:

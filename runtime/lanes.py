@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -47,7 +48,7 @@ class Written:
     edits: Mapping[int, Armed] | None = None
     injected: tuple[int, ...] = ()
 
-    @property
+    @cached_property
     def variant(self) -> Variant:
         """The cheapest program variant that does what is written."""
         if any(armed.rank is not None for armed in (self.edits or {}).values()):
@@ -241,8 +242,7 @@ class Lanes:
             count: how many lanes.
             number: the step's.
         """
-        dead = (0, 0, self.spare_row, 0)
-        lanes = [(*rows.get(lane, dead), number) for lane in range(count)]
+        lanes = [(*rows.get(lane, self.dead), number) for lane in range(count)]
         host = torch.tensor(lanes, dtype=torch.int64).t()
         there = {lane for lane, numbers in enumerate(lanes) if numbers[0] == UNKNOWN}
         if not there:
@@ -252,6 +252,16 @@ class Lanes:
         for lane in rows:
             if lane not in there:
                 send(host[:1, lane : lane + 1], self.ints[:1, lane : lane + 1])
+
+    @property
+    def dead(self) -> tuple[int, int, int, int]:
+        """What a lane is given that runs nothing: token, position, arena row and length."""
+        return 0, 0, self.spare_row, 0
+
+    def upload_lane(self, lane: int, numbers: tuple[int, int, int, int], number: int) -> None:
+        """:meth:`upload_ints` for one lane alone; the others go on from what the last step left."""
+        first = 1 if numbers[0] == UNKNOWN else 0
+        send(torch.tensor([*numbers, number][first:], dtype=torch.int64), self.ints[first:, lane])
 
 
 def _place(step: Step, steering: Steering) -> tuple[object, ...]:

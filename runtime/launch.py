@@ -10,6 +10,7 @@ import torch
 
 from djinn_fx.errors import InternalError
 from djinn_fx.runtime.lanes import SLOTS, Lanes
+from djinn_fx.runtime.modes import outside_inference, without_grad
 from djinn_fx.runtime.steps import UNKNOWN, Step
 from djinn_fx.runtime.tables import BatchRow, Wants
 from djinn_fx.sites import Site
@@ -142,19 +143,27 @@ class Launch:
         self._values.add(found)
         return found
 
-    def leads_to(self, rows: Mapping[int, Seat], shape: ProgramShape, number: int) -> bool:
-        """Whether the inputs that it left on the device are already those of ``rows`` in launch ``number``."""
-        if shape != self.shape or rows.keys() != self.rows.keys() or number != self.number + 1:
-            return False
+    def changed(self, rows: Mapping[int, Seat], shape: ProgramShape, number: int) -> list[int] | None:
+        """The lanes whose inputs, as it left them on the device, are not those of ``rows`` in launch ``number``.
+
+        None if that is so of all of them: it was a launch of another shape, or there were others since.
+        """
+        if shape != self.shape or number != self.number + 1:
+            return None
+        found = [lane for lane in self.rows if lane not in rows]
         for lane, seat in rows.items():
-            mine, token = self.rows[lane], seat.row.step.tokens[0]
+            mine = self.rows.get(lane)
             if mine is seat:
                 continue
-            if mine.row.arena_row != seat.row.arena_row or mine.start(number) != seat.start(number):
-                return False
-            if token != UNKNOWN and token != self.tokens()[lane]:
-                return False
-        return True
+            token = seat.row.step.tokens[0]
+            if (
+                mine is None
+                or mine.row.arena_row != seat.row.arena_row
+                or mine.start(number) != seat.start(number)
+                or (token != UNKNOWN and token != self.tokens()[lane])
+            ):
+                found.append(lane)
+        return found
 
     def end(self) -> None:
         """The buffers will be overwritten: copy what somebody still wants of them."""
@@ -172,10 +181,11 @@ class Launch:
             for value in wanted:
                 value.keep(snapshot)
 
+    @without_grad
     def _snapshot(self, lanes: set[int], *, tapped: bool) -> Snapshot:
         first, rows = next(iter(lanes)), self.shape.rows
         chosen = slice(first, first + 1) if len(lanes) == 1 else slice(0, rows)
-        with torch.inference_mode(False), torch.no_grad():
+        with outside_inference():
             taps = tuple(tap[:, chosen].clone() for tap in self._lanes.taps) if tapped and self.tapped else ()
             part = len(lanes) / (chosen.stop - chosen.start)
             return Snapshot(chosen.start, self._logits()[chosen].clone(), taps, part)

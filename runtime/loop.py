@@ -27,6 +27,9 @@ from djinn_fx.runtime.tables import BatchRow
 from djinn_fx.sites import Site
 from djinn_fx.specs import ProgramShape, Variant
 
+#: Lanes whose inputs are sent one by one, where they alone changed.
+FEW = 2
+
 #: Variants, each of which does what those before it do.
 _RICHNESS: Mapping[Variant, int] = {"plain": 0, "armed": 1, "rank": 2}
 
@@ -229,8 +232,12 @@ class DecodeLoop:
             elif plans[lane] is not self.lanes.written[lane]:
                 self.lanes.write(lane, rows[lane].row, plans[lane])
         self.lanes.upload_flags()
-        if last is None or not last.leads_to(rows, shape, self._number):
+        changed = None if last is None else last.changed(rows, shape, self._number)
+        if changed is None or len(changed) > FEW:
             self.lanes.upload_ints(self._numbers(rows), shape.rows, self._number)
+        else:
+            for lane, numbers in self._numbers({lane: rows.get(lane) for lane in changed}).items():
+                self.lanes.upload_lane(lane, numbers, self._number)
         self._run(replayed)
         made = Launch(shape, replayed.program.variant, rows, self.lanes, replayed.logits, self._number, before)
         self._last = self._counted(made)
@@ -245,10 +252,13 @@ class DecodeLoop:
             for lane, seat in rows.items()
         }
 
-    def _numbers(self, rows: Mapping[int, Seat]) -> dict[int, tuple[int, int, int, int]]:
+    def _numbers(self, rows: Mapping[int, Seat | None] | Mapping[int, Seat]) -> dict[int, tuple[int, int, int, int]]:
         """What each lane forwards in the next launch: token, position, row of the arena, length."""
         found = {}
         for lane, seat in rows.items():
+            if seat is None:
+                found[lane] = self.lanes.dead
+                continue
             start, token = seat.start(self._number), seat.row.step.tokens[0]
             token = token if seat.number == self._number else UNKNOWN
             found[lane] = (token, start, seat.row.arena_row, start + 1)

@@ -12,13 +12,13 @@ import mmap
 import threading
 import weakref
 from collections import deque
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from djinn_fx.errors import CapacityError
+from djinn_fx.runtime.modes import outside_inference
 
 #: Bytes of a slab; a longer block gets one of its own.
 SLAB = 64 << 20
@@ -209,11 +209,6 @@ class HostPool:
 def ordinary(nbytes: int) -> HostPool:
     """Host memory for one block, not pinned and beyond every budget."""
     return HostPool(nbytes + (1 << 16), pinned=False, slab=nbytes, growing=False)
-
-
-def outside_inference() -> AbstractContextManager[object]:
-    """Where tensors are made that live longer than a call: those of inference mode could not be written outside it."""
-    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
 
 def _up(nbytes: int, step: int) -> int:

@@ -86,7 +86,10 @@ def _suits(shape: ProgramShape, waiting: Sequence[Run], engine: Engine) -> bool:
 def _seat(launch: Launch, run: Run) -> Seat | None:
     """The seat of a quiet run in a launch that runs just its next step."""
     session = run.session
-    seat = launch.seat_of(session.row)
+    seat = run.seat
+    if seat is not None and launch.rows.get(seat.lane) is seat and _goes_on(launch, run, seat):
+        return seat
+    seat = run.seat = launch.seat_of(session.row)
     if seat is None or not quiet(run):
         return None
     step, place = seat.row.step, session.length
@@ -96,6 +99,23 @@ def _seat(launch: Launch, run: Run) -> Seat | None:
     return seat if launch.fed(seat) == session.token_list[place] else None
 
 
+def _goes_on(launch: Launch, run: Run, seat: Seat) -> bool:
+    """Whether a run that rode on a seat before may go on: only what can have changed since is looked at."""
+    session = run.session
+    place = session.length
+    return (
+        run.flight is None
+        and (run.silent or not run.breakpoints)
+        and run.target is None
+        and not run.interrupted
+        and session.row == seat.row.arena_row
+        and session.steering is seat.row.step.steering[0][1]
+        and place == len(session.token_list) - 1
+        and place == seat.start(launch.number)
+        and launch.fed(seat) == session.token_list[place]
+    )
+
+
 def commit(engine: Engine, run: Run, first: Step, token: int) -> bool:
     """Make a quiet run's step, like ``first`` but further on, history; False if it was its last one.
 
@@ -103,8 +123,7 @@ def commit(engine: Engine, run: Run, first: Step, token: int) -> bool:
     """
     session = run.session
     start = session.length
-    step = Step(start, (session.token_list[start],), (True,), first.last_prompt, first.shape, first.steering)
-    session.journal.append(step)
+    session.journal.append(first.onward(start, session.token_list[start]))
     run.records.append(StepRecord(start))
     session.length, session.last_logits = start + 1, None
     session.token_list.append(token)

@@ -23,6 +23,7 @@ from djinn_fx.sites import Site, require_compiled
 from djinn_fx.views import View
 
 if TYPE_CHECKING:
+    from djinn_fx.runtime.launch import Seat
     from djinn_fx.runtime.session import Session
     from djinn_fx.runtime.stop import Stop
 
@@ -92,6 +93,7 @@ class Run(Shown):
         self.driver: int | None = None  # the thread that is driving it
         self.stopped_early = False
         self.owner: int | None = None
+        self.seat: Seat | None = None  # on which it rode along last
         self._stop: Stop | None = None
 
     # -- iteration -----------------------------------------------------------------------------

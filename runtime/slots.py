@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from djinn_fx.runtime.pinned import outside_inference
+from djinn_fx.runtime.modes import outside_inference
 from djinn_fx.runtime.placement import SLOTS
 
 

@@ -11,7 +11,7 @@ import torch
 from djinn_fx.errors import SessionBusy
 from djinn_fx.runtime.bits import same_bits
 from djinn_fx.runtime.breakpoints import ArmedBreakpoint
-from djinn_fx.runtime.pinned import outside_inference
+from djinn_fx.runtime.modes import outside_inference
 from djinn_fx.runtime.results import StepRecord
 from djinn_fx.runtime.run import Run, RunOptions
 from djinn_fx.runtime.steering import Armed

@@ -18,6 +18,7 @@ import torch
 
 from djinn_fx.program import Program
 from djinn_fx.runtime.lanes import copy_all, send
+from djinn_fx.runtime.modes import outside_inference, without_grad
 from djinn_fx.runtime.segments import Env, run_segments
 from djinn_fx.runtime.tables import BatchRow, int_views, neutral_tables, write_steering
 from djinn_fx.specs import ProgramShape, TableSpec, Variant
@@ -58,6 +59,7 @@ class Chunk:
         else:
             copy_all([self.env[name] for name in values], list(values.values()))
 
+    @without_grad
     def leave(self) -> None:
         """Take its values off the stage it is on, as copies of its own that nobody overwrites.
 
@@ -66,7 +68,7 @@ class Chunk:
         if self.stage is None:
             return
         known = self._needed()
-        with torch.inference_mode(False), torch.no_grad():
+        with outside_inference():
             copies = {name: self.env[name].clone() for name in known}
         rest = {name: tensor for name, tensor in self.env.items() if name in self.stage.shared}
         self.env, self.stage = rest | copies, None

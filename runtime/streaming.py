@@ -22,7 +22,8 @@ from torch.utils.dlpack import from_dlpack
 
 from djinn_fx.errors import CapacityError, CaptureError, InternalError
 from djinn_fx.program import Segment
-from djinn_fx.runtime.pinned import PAGE, HostPool, outside_inference
+from djinn_fx.runtime.modes import outside_inference
+from djinn_fx.runtime.pinned import PAGE, HostPool
 from djinn_fx.runtime.placement import SLOTS, Layer, Placement, leaves
 from djinn_fx.runtime.slots import Slots
 

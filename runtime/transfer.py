@@ -21,7 +21,8 @@ import torch
 from djinn_fx.errors import CapacityError
 from djinn_fx.kernels.rows import RowLayout
 from djinn_fx.runtime.arena import KVArena
-from djinn_fx.runtime.pinned import Block, HostPool, ordinary, outside_inference
+from djinn_fx.runtime.modes import outside_inference
+from djinn_fx.runtime.pinned import Block, HostPool, ordinary
 
 #: Bytes of the staging buffer on the device, hence of the longest piece.
 STAGING = 32 << 20
