@@ -120,7 +120,7 @@ class Replays:
         self._loop.retire()
         for lane, row in self._batch.items():
             lanes.write(lane, row, lanes.plan(lane, row))
-        lanes.upload_flags()
+        lanes.upload_flags(0)
 
     def begin(self) -> None:
         """Put every lane back to where its session stands."""

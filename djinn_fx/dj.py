@@ -108,7 +108,7 @@ class Dj(Looking, Keeping):
             CapacityError: every KV row is taken.
             SessionClosed: the model was closed.
         """
-        self._alive()
+        self._require_open()
         return self.engine.open_session(seed)
 
     def generate(

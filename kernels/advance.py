@@ -1,14 +1,45 @@
-"""The end of a decode step: each row's most likely token becomes its next input, one position on."""
+"""The two ends of a decode step: lanes take what the host tells them; a step's token becomes the next one's input."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from djinn_fx.kernels import triton_advance
 from djinn_fx.kernels.backend import uses_triton
+
+#: Rows of a message to lanes: tokens, positions, arena rows, lengths, the step's number, and what is new of them.
+INPUTS = 6
+
+#: What is new for a lane: nothing, all but its token, all.
+KEEP, OTHER, NEW = 0, 1, 2
+
+
+class Beginning:
+    """Lanes take what the host wrote for them; a kernel is looked up once, which costs more than to launch it."""
+
+    def __init__(self) -> None:
+        self._kernel: Any = None
+
+    def __call__(self, message: Tensor, ints: Tensor, count: int) -> None:
+        """Never waits for the device.
+
+        Args:
+            message: int64 ``[INPUTS, lanes]``, contiguous, on the CPU or pinned; its last row says what is new.
+            ints: int64 ``[INPUTS - 1, lanes]``, contiguous, on the device.
+            count: how many of the first lanes are looked at.
+        """
+        if ints.is_cuda and uses_triton():
+            self._kernel = triton_advance.begin(message, ints, count, self._kernel)
+            return
+        news = message[-1, :count].to(ints.device)
+        said = message[:-1, :count].to(ints.device)
+        mine = ints[:, :count]
+        mine[0] = torch.where(news == NEW, said[0], mine[0])
+        mine[1:] = torch.where(news != KEEP, said[1:], mine[1:])
 
 
 def greedy(logits: Tensor) -> Tensor:

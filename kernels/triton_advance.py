@@ -1,10 +1,14 @@
-"""The end of a decode step on a GPU, in two launches: maxima of runs of the vocabulary, then the first of the largest.
+"""The two ends of a decode step on a GPU.
+
+The end takes two launches: maxima of runs of the vocabulary, then the first of the largest.
 
 Ties go to the smallest token, and a NaN is below everything, as in :func:`djinn_fx.kernels.advance.greedy`. A maximum
 does not depend on the order in which it is sought, so neither does the token.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +33,39 @@ def advance(logits: Tensor, tokens: Tensor, positions: Tensor, lengths: Tensor, 
             peaks, firsts, runs, tokens, positions, lengths, slot, ring, ring.shape[0], ring.stride(0),
             RUNS=max(2, next_power_of_2(runs)), num_warps=2,
         )  # fmt: skip
+
+
+def begin(message: Tensor, ints: Tensor, count: int, kernel: Any) -> Any:
+    """See :class:`djinn_fx.kernels.advance.Beginning`; a pinned message is read over the bus.
+
+    Args:
+        message: see there.
+        ints: see there.
+        count: see there.
+        kernel: what the last call for these buffers gave; None for the first.
+
+    Returns:
+        the kernel.
+    """
+    arguments = (message, ints, count, message.shape[1], next_power_of_2(message.shape[1]))
+    if kernel is None:
+        with torch.cuda.device_of(ints):
+            return _begin[(1, 1, 1)](*arguments, num_warps=2)
+    kernel[1, 1, 1](*arguments)
+    return kernel
+
+
+@jit(do_not_specialize=("count",))
+def _begin(message, ints, count, LANES: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What is new for each lane; one program."""
+    lane = tl.arange(0, BLOCK)
+    inside = lane < count
+    news = tl.load(message + 5 * LANES + lane, mask=inside, other=0)
+    token = tl.load(message + lane, mask=news == 2)
+    tl.store(ints + lane, token, mask=news == 2)
+    for row in tl.static_range(1, 5):
+        said = tl.load(message + row * LANES + lane, mask=news > 0)
+        tl.store(ints + row * LANES + lane, said, mask=news > 0)
 
 
 @jit

@@ -11,11 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 
 from djinn_fx.program import LENGTHS, POSITIONS, ROWS, TOKENS
+from djinn_fx.runtime.outbox import SLOTS, Outbox
 from djinn_fx.runtime.steering import Armed, RankPart
-from djinn_fx.runtime.steps import UNKNOWN, Steering, Step
+from djinn_fx.runtime.steps import Steering, Step
 from djinn_fx.runtime.tables import BatchRow, acting
 from djinn_fx.sites import Site
 from djinn_fx.specs import ProgramShape, TableSpec, Variant, edit_tables
@@ -27,9 +29,6 @@ FLAGS = ("act", "rank_act", "inject")
 ALIGNMENT = 16
 
 _INTS = (TOKENS, POSITIONS, ROWS, LENGTHS)
-
-#: Steps whose tokens the host keeps at a time.
-SLOTS = 16
 
 
 @dataclass(frozen=True)
@@ -93,10 +92,11 @@ class Lanes:
             self.ints = torch.zeros(len(_INTS) + 1, self.padded, dtype=torch.int64, device=device)
             self.ring = torch.zeros(SLOTS, self.padded, dtype=torch.int64, pin_memory=device.type == "cuda")
             self._flags = torch.zeros(len(FLAGS), len(sites), self.padded, dtype=torch.bool, device=device)
-            self._host_flags = torch.zeros(self._flags.shape, dtype=torch.bool)
             self.taps, self.tap_of = self._make_taps()
         self.ints[_INTS.index(ROWS)] = spare_row
+        self._host_flags = np.zeros(tuple(self._flags.shape), dtype=bool)
         self._flags_changed = False
+        self.outbox = Outbox(self.padded, tuple(self._flags.shape), device)
 
     def _make_taps(self) -> tuple[list[torch.Tensor], dict[str, tuple[int, int]]]:
         """Tap buffers ``[sites, lanes, *feature_shape]``, one for all sites alike, and each site's place in them."""
@@ -192,13 +192,13 @@ class Lanes:
             self.written[lane] = NOTHING
 
     def _flag(self, lane: int, plan: Written) -> None:
-        flags = torch.zeros(self._host_flags.shape[:2], dtype=torch.bool)
+        flags = np.zeros(self._host_flags.shape[:2], dtype=bool)
         for index, armed in (plan.edits or {}).items():
             flags[0, index] = armed.scale is not None or armed.add is not None
             flags[1, index] = armed.rank is not None
         for index in plan.injected:
             flags[2, index] = True
-        if not torch.equal(self._host_flags[:, :, lane], flags):
+        if not np.array_equal(self._host_flags[:, :, lane], flags):
             self._host_flags[:, :, lane] = flags
             self._flags_changed = True
 
@@ -222,10 +222,10 @@ class Lanes:
             targets.append(self._tables[f"{name}:{part}"][lane, :count])
             sources.append(getattr(armed.rank, part))
 
-    def upload_flags(self) -> None:
-        """Send the flags to the device if one changed."""
+    def upload_flags(self, number: int) -> None:
+        """Send the flags to the device, for step ``number``, if one changed."""
         if self._flags_changed:
-            send(self._host_flags, self._flags)
+            self.outbox.send_flags(self._host_flags, self._flags, number)
             self._flags_changed = False
 
     @property
@@ -237,31 +237,23 @@ class Lanes:
         """Send what the first ``count`` lanes run in step ``number``, and nothing on other lanes.
 
         Args:
-            rows: token, position, arena row and length by lane. A token that is :data:`UNKNOWN` stays what it is on
-                the device: the last step left it there.
+            rows: token, position, arena row and length by lane; see
+                :meth:`djinn_fx.runtime.outbox.Outbox.send_inputs`.
             count: how many lanes.
             number: the step's.
         """
-        lanes = [(*rows.get(lane, self.dead), number) for lane in range(count)]
-        host = torch.tensor(lanes, dtype=torch.int64).t()
-        there = {lane for lane, numbers in enumerate(lanes) if numbers[0] == UNKNOWN}
-        if not there:
-            send(host, self.ints[:, :count])
-            return
-        send(host[1:], self.ints[1:, :count])
-        for lane in rows:
-            if lane not in there:
-                send(host[:1, lane : lane + 1], self.ints[:1, lane : lane + 1])
+        everyone = {lane: rows.get(lane, self.dead) for lane in range(count)}
+        self.outbox.send_inputs(everyone, self.ints, count, number, whole=True)
+
+    def change_ints(self, rows: Mapping[int, tuple[int, int, int, int]], count: int, number: int) -> None:
+        """:meth:`upload_ints` for some lanes alone; the others go on from what the last step left."""
+        if rows:
+            self.outbox.send_inputs(rows, self.ints, count, number, whole=False)
 
     @property
     def dead(self) -> tuple[int, int, int, int]:
         """What a lane is given that runs nothing: token, position, arena row and length."""
         return 0, 0, self.spare_row, 0
-
-    def upload_lane(self, lane: int, numbers: tuple[int, int, int, int], number: int) -> None:
-        """:meth:`upload_ints` for one lane alone; the others go on from what the last step left."""
-        first = 1 if numbers[0] == UNKNOWN else 0
-        send(torch.tensor([*numbers, number][first:], dtype=torch.int64), self.ints[first:, lane])
 
 
 def _place(step: Step, steering: Steering) -> tuple[object, ...]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from djinn_fx.errors import InternalError
-from djinn_fx.runtime.lanes import SLOTS, Lanes
+from djinn_fx.runtime.captured import KeptSites, Snapshot
+from djinn_fx.runtime.lanes import Lanes
 from djinn_fx.runtime.modes import outside_inference, without_grad
+from djinn_fx.runtime.outbox import SLOTS
 from djinn_fx.runtime.steps import UNKNOWN, Step
 from djinn_fx.runtime.tables import BatchRow, Wants
 from djinn_fx.sites import Site
@@ -18,23 +20,6 @@ from djinn_fx.specs import ProgramShape, Variant
 
 #: A view keeps the whole of a snapshot; it is handed out where so much of that is wanted.
 LEAST = 0.5
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """Copies of what one launch left, for one lane or for all.
-
-    Attributes:
-        first: the lane that index 0 stands for.
-        logits: ``[lanes, 1, vocab]``.
-        taps: copies of :attr:`djinn_fx.runtime.lanes.Lanes.taps`, ``[sites, lanes, ...]``; empty where there are none.
-        wanted: what part of its lanes somebody asked for.
-    """
-
-    first: int
-    logits: torch.Tensor
-    taps: tuple[torch.Tensor, ...]
-    wanted: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +75,7 @@ class Launch:
         self._values: weakref.WeakSet[LaunchValues] = weakref.WeakSet()
         self._over = False
         self._tokens = lanes.ring[number % SLOTS, : shape.rows]
-        self._arrived = passed(lanes.device)
+        self._arrived = lanes.outbox.passed(number)
         self._read: list[int] | None = None
 
     def following(self, number: int) -> Launch:
@@ -202,35 +187,6 @@ class Launch:
     def place(self, site: Site) -> tuple[int, int] | None:
         """Where the taps hold a site, if they do."""
         return self.places.get(site.name)
-
-
-class KeptSites(Mapping[str, torch.Tensor]):
-    """Values of one lane at some sites, ``[1, *feature_shape]``: views of a snapshot, made when asked for.
-
-    Args:
-        snapshot: what holds them.
-        lane: whose.
-        names: the sites' names.
-        places: where the taps hold a site, by name: which buffer, and at which index.
-    """
-
-    def __init__(
-        self, snapshot: Snapshot, lane: int, names: tuple[str, ...], places: Mapping[str, tuple[int, int]]
-    ) -> None:
-        self._snapshot, self._index = snapshot, lane - snapshot.first
-        self._names, self._places = names, places
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        if name not in self._names:
-            raise KeyError(name)
-        buffer, rank = self._places[name]
-        return self._snapshot.taps[buffer][rank, self._index : self._index + 1]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 class LaunchValues:

@@ -19,16 +19,14 @@ import torch
 from djinn_fx.errors import InternalError
 from djinn_fx.runtime.arena import KVArena
 from djinn_fx.runtime.graphs import Replayed, Stream, capture
-from djinn_fx.runtime.lanes import SLOTS, Lanes, Written
+from djinn_fx.runtime.lanes import Lanes, Written
 from djinn_fx.runtime.launch import Launch, LaunchValues, Seat
+from djinn_fx.runtime.outbox import SLOTS
 from djinn_fx.runtime.programs import ProgramCache
 from djinn_fx.runtime.steps import UNKNOWN
 from djinn_fx.runtime.tables import BatchRow
 from djinn_fx.sites import Site
 from djinn_fx.specs import ProgramShape, Variant
-
-#: Lanes whose inputs are sent one by one, where they alone changed.
-FEW = 2
 
 #: Variants, each of which does what those before it do.
 _RICHNESS: Mapping[Variant, int] = {"plain": 0, "armed": 1, "rank": 2}
@@ -231,13 +229,13 @@ class DecodeLoop:
                 self.lanes.clear(lane)
             elif plans[lane] is not self.lanes.written[lane]:
                 self.lanes.write(lane, rows[lane].row, plans[lane])
-        self.lanes.upload_flags()
+        self.lanes.upload_flags(self._number)
         changed = None if last is None else last.changed(rows, shape, self._number)
-        if changed is None or len(changed) > FEW:
+        if changed is None:
             self.lanes.upload_ints(self._numbers(rows), shape.rows, self._number)
         else:
-            for lane, numbers in self._numbers({lane: rows.get(lane) for lane in changed}).items():
-                self.lanes.upload_lane(lane, numbers, self._number)
+            some = self._numbers({lane: rows.get(lane) for lane in changed})
+            self.lanes.change_ints(some, shape.rows, self._number)
         self._run(replayed)
         made = Launch(shape, replayed.program.variant, rows, self.lanes, replayed.logits, self._number, before)
         self._last = self._counted(made)

@@ -222,8 +222,9 @@ def fired(run: Run, flight: Flight, site: Site, values: Callable[[list[int]], to
     for point, positions in found:
         if positions:
             point.delivered()
-    everywhere = sorted({position for _, positions in found for position in positions})
-    return tuple(everywhere) or None
+    if len(found) == 1:
+        return found[0][1] or None
+    return tuple(sorted({position for _, positions in found for position in positions})) or None
 
 
 def conclude(run: Run, token: int | None, options: EngineOptions) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from djinn_fx.runtime import planner
@@ -36,10 +37,14 @@ class Riders:
     seats: tuple[Seat, ...] = ()
     launch: Launch | None = None
 
+    @cached_property
+    def _riding(self) -> frozenset[int]:
+        return frozenset(map(id, self.runs))
+
     def others(self, runs: Iterable[Run]) -> list[Run]:
         """Those of some runs that do not ride."""
-        riding = set(map(id, self.runs))
-        return [run for run in runs if id(run) not in riding]
+        riding = self._riding
+        return [run for run in runs if id(run) not in riding] if riding else list(runs)
 
     def staying(self, engine: Engine) -> list[Seat]:
         """The seats of those whose step in the air is not their last one, whatever it comes to."""

@@ -15,6 +15,7 @@ from djinn_fx.errors import InvalidValue, SessionBusy, SessionClosed
 from djinn_fx.notebook import Shown
 from djinn_fx.runtime import showing
 from djinn_fx.runtime.breakpoints import ArmedBreakpoint
+from djinn_fx.runtime.captured import joined
 from djinn_fx.runtime.claims import claimed, quiet
 from djinn_fx.runtime.flight import Flight
 from djinn_fx.runtime.results import Cache, Result, StepRecord
@@ -312,13 +313,12 @@ class Run(Shown):
 
     def captured(self) -> Cache:
         """The values captured so far."""
-        sites = [site.name for site in self.capture]
-        values = {
-            name: torch.cat([r.captured[name] for r in self.records if name in r.captured])
-            for name in sites
-            if any(name in record.captured for record in self.records)
-        }
-        return Cache(self.session.engine.table, values, batched=False)
+        parts: dict[str, list[torch.Tensor]] = {site.name: [] for site in self.capture}
+        for values in joined(record.captured for record in self.records):
+            for name, value in values.items():
+                parts[name].append(value)
+        found = {name: torch.cat(several) for name, several in parts.items() if several}
+        return Cache(self.session.engine.table, found, batched=False)
 
     def describe(self) -> View:
         """State, tokens and stops; notebooks show it."""

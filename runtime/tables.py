@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 
 from djinn_fx.program import KEEP, LENGTHS, POSITIONS, ROWS, TOKENS
@@ -90,16 +91,16 @@ def step_ints(batch: Sequence[BatchRow], shape: ProgramShape, spare_row: int) ->
     Batch rows beyond ``batch`` are dead: length 0, position 0, the spare arena row.
     """
     flat = torch.zeros(int_count(shape), dtype=torch.int64)
-    views = int_views(flat, shape)
-    views[ROWS].fill_(spare_row)
+    views = {name: view.numpy() for name, view in int_views(flat, shape).items()}  # NumPy writes in half the time
+    views[ROWS].fill(spare_row)
     for index, row in enumerate(batch):
         count = len(row.step.tokens)
-        views[TOKENS][index, :count] = torch.tensor(row.step.tokens)
-        views[POSITIONS][index, :count] = torch.arange(row.step.start, row.step.stop)
+        views[TOKENS][index, :count] = row.step.tokens
+        views[POSITIONS][index, :count] = np.arange(row.step.start, row.step.stop)
         views[ROWS][index], views[LENGTHS][index] = row.arena_row, row.step.stop
         if KEEP in views:
             first = max(0, count - shape.keep)
-            views[KEEP][index] = torch.arange(first, first + shape.keep).clamp(0, max(count - 1, 0))
+            views[KEEP][index] = np.arange(first, first + shape.keep).clip(0, max(count - 1, 0))
     return flat
 
 

@@ -9,6 +9,8 @@ from torch import Tensor
 
 Advance = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
 
+Begin = Callable[[Tensor, Tensor, int], object]
+
 NAN, INF = float("nan"), float("inf")
 
 
@@ -41,3 +43,20 @@ def check(advance: Advance, vocab: int, dtype: torch.dtype, device: str, slots: 
         assert slot.tolist() == [slots + step]
         assert ring[(slots - 1 + step) % slots, :7].tolist() == wanted
     assert ring[1].eq(-1).all()
+
+
+def check_beginning(begin: Begin, device: str) -> None:
+    """Lanes that keep all, that keep their token, that take all; and those beyond the program's, which keep all."""
+    ints = torch.arange(5 * 16, device=device).view(5, 16)
+    before = ints.cpu().clone()
+    message = -torch.arange(6 * 16, dtype=torch.int64).view(6, 16) - 1000
+    message[5] = torch.tensor([0, 1, 2, 2, 1, 0, 2, 1] * 2)
+    if device == "cuda":
+        message = message.pin_memory()
+    for _ in range(2):  # the second goes through the kernel that the first has found
+        begin(message, ints, 11)
+    wanted = before.clone()
+    for lane, news in enumerate(message[5, :11].tolist()):
+        wanted[1:, lane] = message[1:5, lane] if news else before[1:, lane]
+        wanted[0, lane] = message[0, lane] if news == 2 else before[0, lane]
+    assert torch.equal(ints.cpu(), wanted)

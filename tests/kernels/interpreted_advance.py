@@ -5,11 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from djinn_fx.kernels.triton_advance import advance
-from tests.kernels.advance_cases import check
+from djinn_fx.kernels.triton_advance import advance, begin
+from tests.kernels.advance_cases import check, check_beginning
 
 
 @pytest.mark.parametrize("vocab", [2, 50, 2048, 5003])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_steps(vocab: int, dtype: torch.dtype) -> None:
     check(advance, vocab, dtype, "cpu")
+
+
+def test_beginning() -> None:
+    check_beginning(lambda message, ints, count: begin(message, ints, count, None), "cpu")

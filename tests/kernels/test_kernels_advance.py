@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from djinn_fx.kernels.advance import advance
-from tests.kernels.advance_cases import check
+from djinn_fx.kernels.advance import Beginning, advance
+from tests.kernels.advance_cases import check, check_beginning
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -22,3 +22,12 @@ def test_steps(vocab: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_steps_on_a_gpu(vocab: int, dtype: torch.dtype) -> None:
     check(advance, vocab, dtype, "cuda")
+
+
+def test_beginning() -> None:
+    check_beginning(Beginning(), "cpu")
+
+
+@pytest.mark.gpu
+def test_beginning_on_a_gpu() -> None:
+    check_beginning(Beginning(), "cuda")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from djinn_fx.runtime.lanes import SLOTS
+from djinn_fx.runtime.outbox import SLOTS
 from tests.runtime.tiny import direction, make_dj, make_model, prompt
 
 pytestmark = pytest.mark.gpu
