@@ -150,7 +150,14 @@ def _to_host(
         return values
     with torch.cuda.stream(stream):
         stream.wait_event(ready)
-        return {name: value.cpu() for name, value in values.items()}
+        pinned = {name: _pinned_like(value).copy_(value, non_blocking=True) for name, value in values.items()}
+    stream.synchronize()
+    return {name: value.clone() for name, value in pinned.items()}  # torch keeps pinned memory for the next batch
+
+
+def _pinned_like(value: torch.Tensor) -> torch.Tensor:
+    """Pinned memory: the bus fills it many times faster than fresh pages, and holds nobody up."""
+    return torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
 
 
 def harvest(

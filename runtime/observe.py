@@ -17,7 +17,8 @@ from djinn_fx.errors import CapacityError, InvalidValue
 from djinn_fx.program import LOGITS, KVSpec, Program
 from djinn_fx.runtime.arena import KVArena
 from djinn_fx.runtime.inputs import PromptBatch
-from djinn_fx.runtime.kept import Kept
+from djinn_fx.runtime.kept import SLAB, Kept
+from djinn_fx.runtime.pinned import HostPool
 from djinn_fx.runtime.programs import SMALLEST_CHUNK, ProgramCache, bucket
 from djinn_fx.runtime.scratch import Scratch
 from djinn_fx.runtime.segments import Env, run_segments
@@ -75,6 +76,7 @@ class Observer:
         max_length: longest prompt.
         windows: sliding window of each layer, None where it sees everything.
         rank: directions an edit may have.
+        host_bytes: most pinned host memory for values on their way from a GPU, and for those that somebody holds.
     """
 
     programs: ProgramCache
@@ -86,10 +88,13 @@ class Observer:
     max_length: int
     windows: tuple[int | None, ...] = ()
     rank: int = 0
+    host_bytes: int = 0
     scratch: Scratch = field(init=False, repr=False)
+    values: HostPool = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.scratch = Scratch(self.dtype, self.device)
+        self.values = HostPool(self.host_bytes, pinned=self.device.type == "cuda", slab=SLAB)
 
     @torch.no_grad()
     def sweep(self, batch: PromptBatch, plan: Sweep, visit: Visit | None = None) -> list[torch.Tensor]:

@@ -92,14 +92,22 @@ def step_ints(batch: Sequence[BatchRow], shape: ProgramShape, spare_row: int) ->
     flat = torch.zeros(int_count(shape), dtype=torch.int64)
     views = int_views(flat, shape)
     views[ROWS].fill_(spare_row)
+    if not batch:
+        return flat
+    count = len(batch)
+    counts = torch.tensor([len(row.step.tokens) for row in batch])
+    starts = torch.tensor([row.step.start for row in batch])
+    tokens = views[TOKENS].numpy()  # takes a tuple in a fifth of a tensor's time
     for index, row in enumerate(batch):
-        count = len(row.step.tokens)
-        views[TOKENS][index, :count] = torch.tensor(row.step.tokens)
-        views[POSITIONS][index, :count] = torch.arange(row.step.start, row.step.stop)
-        views[ROWS][index], views[LENGTHS][index] = row.arena_row, row.step.stop
-        if KEEP in views:
-            first = max(0, count - shape.keep)
-            views[KEEP][index] = torch.arange(first, first + shape.keep).clamp(0, max(count - 1, 0))
+        tokens[index, : len(row.step.tokens)] = row.step.tokens
+    within = torch.arange(shape.query)
+    views[POSITIONS][:count] = torch.where(within < counts[:, None], starts[:, None] + within, 0)
+    views[ROWS][:count] = torch.tensor([row.arena_row for row in batch])
+    views[LENGTHS][:count] = starts + counts
+    if KEEP in views:
+        first = (counts - shape.keep).clamp(min=0)
+        kept = first[:, None] + torch.arange(shape.keep)
+        views[KEEP][:count] = kept.minimum((counts - 1).clamp(min=0)[:, None])
     return flat
 
 
