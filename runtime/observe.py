@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -290,13 +291,7 @@ def _give(arena: KVArena, batch: PromptBatch) -> None:
 
 
 def _call_hook(hook: Hook, value: torch.Tensor, site: Site) -> torch.Tensor:
-    point = HookPoint(site.name, site.layer)
-    try:
-        inspect.signature(hook).bind(value, hook=point)
-    except (TypeError, ValueError):
-        returned = hook(value)
-    else:
-        returned = hook(value, hook=point)
+    returned = _bound(hook, value, HookPoint(site.name, site.layer))()
     if returned is None:
         return value
     if returned.shape != value.shape or returned.dtype != value.dtype:
@@ -305,3 +300,24 @@ def _call_hook(hook: Hook, value: torch.Tensor, site: Site) -> torch.Tensor:
             f"{tuple(value.shape)} {value.dtype}, or None."
         )
     return returned
+
+
+def _bound(hook: Hook, value: torch.Tensor, point: HookPoint) -> Callable[[], torch.Tensor | None]:
+    """A hook with what it takes: the value and ``hook=``, the value alone, or two things in that order.
+
+    Raises:
+        InvalidValue: it takes something else.
+    """
+    try:
+        signature = inspect.signature(hook)
+    except (TypeError, ValueError):  # some builtins have none
+        return partial(hook, value)
+    for call in (partial(hook, value, hook=point), partial(hook, value), partial(hook, value, point)):
+        try:
+            signature.bind(*call.args, **call.keywords)
+        except TypeError:
+            continue
+        return call
+    raise InvalidValue(
+        f"the hook at {point.name!r} has the signature {signature}; it is called as hook(value, hook=point) or hook(value)."
+    )

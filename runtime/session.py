@@ -178,6 +178,8 @@ class Session(Residence, Shown):
     ) -> SteerHandle:
         """Steer ``site`` from here on; a later call on the same site replaces the earlier.
 
+        With nothing but a site it changes nothing: a neutral edit, which ends an earlier one there.
+
         Args:
             site: a site name, with the fields of :class:`djinn_fx.Edit` as keywords, or an Edit.
             scale: see Edit.
@@ -186,7 +188,8 @@ class Session(Residence, Shown):
             **edit: ``add``, ``ablate``, ``strength``, ``feature``, ``positions`` as in Edit.
 
         Raises:
-            UnknownSite, SiteNotCompiled, InvalidValue, SessionClosed.
+            UnknownSite, SiteNotCompiled, SessionClosed.
+            InvalidValue: a tensor of another width, or a number that is NaN or infinite.
         """
         if kv not in ("keep", "recompute"):
             raise InvalidValue(f"steer(kv={kv!r}): choose 'keep' or 'recompute'.")
