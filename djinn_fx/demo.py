@@ -24,6 +24,7 @@ from djinn_fx import bundled, render
 from djinn_fx.api import compile as djinn_compile
 from djinn_fx.dj import Dj
 from djinn_fx.runtime.bits import same_bits
+from djinn_fx.runtime.wording import nbytes
 
 #: Contrasting prompts for a model from outside.
 GOOD = ("I love this film. It is", "What a wonderful day! I feel", "The food was delicious and the people")
@@ -282,7 +283,7 @@ def save_and_restore(demo: Demo) -> None:
         dispatch = (time.perf_counter() - started) * 1e3
         saved.wait().save(path)
         demo.say(
-            f"  checkpoint() returned after {dispatch:.2f} ms; {path.stat().st_size / 1e3:.0f} kB on disk; "
+            f"  checkpoint() returned after {dispatch:.2f} ms; {nbytes(path.stat().st_size)} on disk; "
             "a second process restores it and goes on"
         )
         with _working(demo.console, "second process: load, compile, restore, resume"):

@@ -36,6 +36,9 @@ Item = TypeVar("Item")
 FORMAT = "djinn_fx harvest 1"
 INDEX = "index.json"
 
+#: Bytes of the text in which words that the model does not know are looked for.
+LOOKED_AT = 1 << 16
+
 #: Folder of files that are being written: a kill leaves what it likes there, and nothing elsewhere.
 UNFINISHED = ".unfinished"
 
@@ -288,7 +291,16 @@ def main(
     if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise typer.BadParameter(f"{dtype!r} is no dtype of torch, such as float16.")
     console = Console(stderr=True)
-    network, tokenizer = bundled.load(model) if model else bundled.storyteller()
+    try:
+        network, tokenizer = bundled.load(model or bundled.NAME)
+    except djinn.DjinnError as error:
+        raise typer.BadParameter(str(error)) from error
+    with text.open("rb") as file:
+        unknown = bundled.unknown_words(tokenizer, file.read(LOOKED_AT).decode("utf-8", "ignore"))
+    if unknown:
+        more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
+        words = ", ".join(map(repr, unknown[:8]))
+        console.print(f"note: the model does not know {words}{more}, and reads its unknown token instead", markup=False)
     network.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     # One session's KV is kept, as this opens none; a window is one chunk.
     dj = djinn.compile(network, tokenizer=tokenizer, max_sessions=1, max_length=length, prefill_chunk=length)

@@ -319,5 +319,6 @@ def _bound(hook: Hook, value: torch.Tensor, point: HookPoint) -> Callable[[], to
             continue
         return call
     raise InvalidValue(
-        f"the hook at {point.name!r} has the signature {signature}; it is called as hook(value, hook=point) or hook(value)."
+        f"the hook at {point.name!r} has the signature {signature}; it is called as hook(value, hook=point) or "
+        "hook(value)."
     )

@@ -45,6 +45,7 @@ class Session(Residence, Shown):
         self.parent: Session | None = None
         self.last_logits: torch.Tensor | None = None
         self.closed = False
+        self.orphaned = False  # closed because the session that it was forked from was
         self._run: Run | None = None
 
     @property
@@ -275,6 +276,12 @@ class Session(Residence, Shown):
 
     def require_open(self) -> None:
         """Raise :class:`SessionClosed` if the session was closed."""
+        if self.orphaned and not self.engine.closed:
+            raise SessionClosed(
+                "this session is a fork, and the session that it was forked from was closed (a `with` closes it at its "
+                "end), which closes its forks too. Use forks before that; or keep one with stop.checkpoint() while it "
+                "is open, and go on with dj.restore(checkpoint)."
+            )
         if self.closed or self.engine.closed:
             raise SessionClosed(
                 "this session was closed; its KV row is gone. Open another with dj.session(), or "
@@ -298,6 +305,7 @@ class Session(Residence, Shown):
             self.require_endable()
             for child in list(self.children):
                 child.close()
+                child.orphaned = True
             if not self.closed:
                 if self._run is not None:
                     self._run.abandon()

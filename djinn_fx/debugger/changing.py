@@ -12,12 +12,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from djinn_fx.debugger import shows
 from djinn_fx.debugger.bounds import Budget, TooLarge
 from djinn_fx.debugger.expressions import explain, parse
 from djinn_fx.debugger.whitelist import BINARY
 from djinn_fx.debugger.words import amount
 from djinn_fx.errors import InvalidValue
+from djinn_fx.runtime.wording import numbers
 
 if TYPE_CHECKING:
     from djinn_fx.debugger.interpreter import Debugger
@@ -43,7 +43,7 @@ def set_(d: Debugger, rest: str) -> None:
         raise InvalidValue(f"cannot set {match['target']}: {str(error).splitlines()[0]}") from error
     stop.value.copy_(new)
     d.say_python(f"stop{d.current}.value[{place}] {op} {python}")
-    d.write(shows.numbers(stop.value[-1]))
+    d.write(numbers(stop.value[-1]))
 
 
 def _place(d: Debugger, target: str) -> tuple[Any, str]:
@@ -88,6 +88,7 @@ def steer(d: Debugger, rest: str) -> None:
         if len(words) == 4:
             options["strength"] = amount(words[3], "strength")
             python += f", strength={_literal(options['strength'])}"
+    d.compile_in(d.dj.sites.select(site))
     session.steer(site, **options)
     d.say_python(f"s{d.current}.steer({site!r}, {python})")
     d.write(f"steering {d.dj.sites.get(site).name} from here on")
