@@ -67,7 +67,7 @@ def stop_view(stop: Stop) -> View:
             ("why", _why(stop)),
             ("tokens", tail(engine, stop.tokens.tolist() if stop.current else list(stop.within.tokens))),
             ("value", f"{kind_of(value)}{', written to' if stop.written else ''}"),
-            ("numbers", numbers(value)),
+            ("numbers" if len(stop.positions) == 1 else "all positions", numbers(value)),
             *_steering(stop.session),
         ),
         tuple(parts),
