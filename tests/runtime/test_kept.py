@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from djinn_fx.runtime.kept import SMALL, block_for, sending
+from djinn_fx.runtime.kept import PIECE, SMALL, block_for, sending
 from djinn_fx.runtime.pinned import HostPool
 
 
@@ -43,3 +43,13 @@ def test_large_values_reach_the_host_whatever_comes_after(room: int) -> None:
         assert sum(value.is_pinned() for value in values) == min(6, room // (2 << 20))
         del values, found
     assert pool.used == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(), (0, 3), (5, 7), (3, PIECE // 8 + 1)])
+def test_a_value_goes_to_ordinary_memory_in_pieces(shape: tuple[int, ...]) -> None:
+    source = torch.device("cuda", torch.cuda.current_device())
+    value = torch.rand(shape, device=source)
+    with sending("cpu", None, source, HostPool(0, pinned=True)) as send:
+        there = send(value)()
+    assert there.is_cpu and not there.is_pinned() and torch.equal(there, value.cpu())
