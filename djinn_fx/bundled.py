@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -83,11 +84,11 @@ def no_model(reference: str, error: Exception, known: Sequence[str]) -> InvalidV
     here = Path(reference).expanduser()
     near = difflib.get_close_matches(reference, known, n=2)
     near += [str(here.with_name(name)) for name in neighbours(here)]
-    hint = f"nearest: {', '.join(near)}. " if near else ""
+    hint = f": nearest: {', '.join(near)}" if near else ""
     built_in = f"Built in: {', '.join(known)}; else give" if known else "Give"
-    why = " ".join(str(error).split())[:200]
+    why = textwrap.shorten(str(error), 200, placeholder=" ...")
     return InvalidValue(
-        f"no model {reference!r}: {hint}{built_in} a folder of transformers, or a hub id. transformers says: {why}"
+        f"no model {reference!r}{hint}. {built_in} a folder of transformers, or a hub id. transformers says: {why}"
     )
 
 
@@ -107,7 +108,8 @@ def unknown_words(tokenizer: Any, text: str) -> list[str]:
         return []
     found = tokenizer(text, return_offsets_mapping=True, verbose=False)
     places = zip(found["input_ids"], found["offset_mapping"], strict=True)
-    return list(dict.fromkeys(text[start:end].strip() for token, (start, end) in places if token == unknown))
+    parts = [text[start:end] for token, (start, end) in places if token == unknown]
+    return list(dict.fromkeys(part.strip() or part for part in parts))
 
 
 @contextmanager

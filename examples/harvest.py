@@ -296,11 +296,12 @@ def main(
     except djinn.DjinnError as error:
         raise typer.BadParameter(str(error)) from error
     with text.open("rb") as file:
-        unknown = bundled.unknown_words(tokenizer, file.read(LOOKED_AT).decode("utf-8", "ignore"))
+        words = file.read(LOOKED_AT).decode("utf-8", "ignore").split()
+    unknown = bundled.unknown_words(tokenizer, " ".join(words))
     if unknown:
         more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
-        words = ", ".join(map(repr, unknown[:8]))
-        console.print(f"note: the model does not know {words}{more}, and reads its unknown token instead", markup=False)
+        some = ", ".join(map(repr, unknown[:8]))
+        console.print(f"note: the model does not know {some}{more}, and reads its unknown token instead", markup=False)
     network.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     # One session's KV is kept, as this opens none; a window is one chunk.
     dj = djinn.compile(network, tokenizer=tokenizer, max_sessions=1, max_length=length, prefill_chunk=length)

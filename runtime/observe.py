@@ -14,10 +14,10 @@ from typing import TypeVar
 
 import torch
 
-from djinn_fx.errors import CapacityError, InvalidValue
+from djinn_fx.errors import InvalidValue
 from djinn_fx.program import LOGITS, KVSpec, Program
 from djinn_fx.runtime.arena import KVArena
-from djinn_fx.runtime.inputs import PromptBatch
+from djinn_fx.runtime.inputs import PromptBatch, require_lengths
 from djinn_fx.runtime.kept import SLAB, Kept
 from djinn_fx.runtime.pinned import HostPool
 from djinn_fx.runtime.programs import SMALLEST_CHUNK, ProgramCache, bucket
@@ -100,13 +100,10 @@ class Observer:
     @torch.no_grad()
     def sweep(self, batch: PromptBatch, plan: Sweep, visit: Visit | None = None) -> list[torch.Tensor]:
         """Run a batch of prompts; returns each row's logits ``[kept, vocab]`` (nothing if none are wanted)."""
+        if not batch.rows:
+            raise InvalidValue("no prompt was given; give at least one.")
+        require_lengths(batch.rows, self.max_length)
         lengths = [len(row) for row in batch.rows]
-        if not lengths or not min(lengths):
-            raise InvalidValue("a prompt is empty; give at least one token in each.")
-        if max(lengths) > self.max_length:
-            raise CapacityError(
-                f"a prompt has {max(lengths)} tokens, but the model was compiled for max_length={self.max_length}."
-            )
         logits: list[list[torch.Tensor]] = [[] for _ in lengths]
         cuts, variant = self._program_for(batch, plan)
         longest = max([*lengths, *(step.stop for step in batch.steps or ())])

@@ -61,12 +61,16 @@ def _place(d: Debugger, target: str) -> tuple[Any, str]:
 def _vector(given: str) -> tuple[torch.Tensor, str]:
     """The one tensor of a safetensors file, and the Python that reads it."""
     path = Path(given).expanduser()
+    if not path.is_file():
+        raise InvalidValue(f"there is no file {given}; give a safetensors file that holds one tensor.")
     try:
         tensors = load_file(path)
     except SafetensorError as error:
         raise InvalidValue(f"{given} is damaged, or no safetensors file: {error}.") from error
     if len(tensors) != 1:
-        raise InvalidValue(f"{given} holds {len(tensors)} tensors; this takes a file with one.")
+        raise InvalidValue(
+            f"{given} holds {len(tensors)} tensors; this takes a file with one. (What `save` writes is a checkpoint.)"
+        )
     return next(iter(tensors.values())), f"next(iter(safetensors.torch.load_file({str(path)!r}).values()))"
 
 
