@@ -105,7 +105,8 @@ def compile(
         edit_rank: directions that one edit may have.
         batch_invariant: decode always in the program of ``max_sessions`` rows, so that a session's bits do not depend
             on who else is there.
-        pinned_bytes: most host memory that checkpoints in memory and sessions off the device may take.
+        pinned_bytes: most host memory that checkpoints in memory and sessions off the device may take. On CUDA, values
+            that ``run_with_cache(device="cpu")`` brings may take half as much beside it.
         disk_bytes: most bytes of files that sessions go to when that is full; 0: none.
         spill_dir: folder for those files; None: the system's folder for temporary files.
         row_wait: seconds that a call waits at most for a KV row that another thread is using; then CapacityError.

@@ -4,13 +4,16 @@
 
     model, tokenizer = storyteller()
 
-Its card is ``djinn_fx/data/storyteller/CARD.md``.
+It knows 344 words and marks; any other becomes ``<unk>`` (:func:`unknown_words` tells which). Its card is
+``djinn_fx/data/storyteller/CARD.md``.
 """
 
 from __future__ import annotations
 
+import difflib
 import json
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +21,12 @@ from typing import Any
 
 from torch import nn
 
+from djinn_fx.errors import InvalidValue
+
 PATH = Path(__file__).parent / "data" / "storyteller"
+
+#: The name under which it is known.
+NAME = "storyteller"
 
 
 @dataclass(frozen=True)
@@ -48,14 +56,60 @@ def storyteller() -> tuple[nn.Module, Any]:
 def load(reference: str) -> tuple[nn.Module, Any]:
     """Load a causal language model and its tokenizer from a path or a hub id, ready to compile.
 
+    ``"storyteller"`` is the bundled one.
+
     Raises:
-        OSError: transformers cannot find it.
+        InvalidValue: transformers cannot find or read it; with the nearest names.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    if reference == NAME and not Path(reference).exists():
+        reference = str(PATH)
     with _no_progress_bar():
-        model = AutoModelForCausalLM.from_pretrained(reference, dtype="auto")
-        return model.eval(), AutoTokenizer.from_pretrained(reference)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(reference, dtype="auto")
+            return model.eval(), AutoTokenizer.from_pretrained(reference)
+        except (OSError, ValueError) as error:
+            raise no_model(reference, error, [NAME]) from error
+
+
+def no_model(reference: str, error: Exception, known: Sequence[str]) -> InvalidValue:
+    """What is said of a model that transformers cannot load.
+
+    Args:
+        reference: the path or hub id.
+        error: what transformers raised.
+        known: names of models that are built in.
+    """
+    here = Path(reference).expanduser()
+    near = difflib.get_close_matches(reference, known, n=2)
+    near += [str(here.with_name(name)) for name in neighbours(here)]
+    hint = f": nearest: {', '.join(near)}" if near else ""
+    built_in = f"Built in: {', '.join(known)}; else give" if known else "Give"
+    why = textwrap.shorten(str(error), 200, placeholder=" ...")
+    return InvalidValue(
+        f"no model {reference!r}{hint}. {built_in} a folder of transformers, or a hub id. transformers says: {why}"
+    )
+
+
+def neighbours(path: Path) -> list[str]:
+    """Names beside a path that are like its own."""
+    try:
+        names = [each.name for each in path.parent.iterdir()]
+    except OSError:
+        return []
+    return difflib.get_close_matches(path.name, names, n=3)
+
+
+def unknown_words(tokenizer: Any, text: str) -> list[str]:
+    """The parts of a text that a tokenizer does not know, each once; it makes its unknown token of them."""
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    if unknown is None or not getattr(tokenizer, "is_fast", False):
+        return []
+    found = tokenizer(text, return_offsets_mapping=True, verbose=False)
+    places = zip(found["input_ids"], found["offset_mapping"], strict=True)
+    parts = [text[start:end] for token, (start, end) in places if token == unknown]
+    return list(dict.fromkeys(part.strip() or part for part in parts))
 
 
 @contextmanager

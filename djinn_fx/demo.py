@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.padding import Padding
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -24,6 +25,7 @@ from djinn_fx import bundled, render
 from djinn_fx.api import compile as djinn_compile
 from djinn_fx.dj import Dj
 from djinn_fx.runtime.bits import same_bits
+from djinn_fx.runtime.wording import nbytes
 
 #: Contrasting prompts for a model from outside.
 GOOD = ("I love this film. It is", "What a wonderful day! I feel", "The food was delicious and the people")
@@ -69,12 +71,15 @@ class Demo:
     def verdict(self, sentence: str, held: bool) -> None:
         """Record and show a check."""
         self.verdicts.append((sentence, held))
-        mark = "[green]exact[/green]" if held else "[bold red]NOT exact[/bold red]"
-        self.console.print(f"  {mark}  {sentence}")
+        line = Table.grid(padding=(0, 2))
+        line.add_column(no_wrap=True)
+        line.add_column()
+        line.add_row("  [green]exact[/green]" if held else "  [bold red]NOT exact[/bold red]", sentence)
+        self.console.print(line)
 
     def say(self, text: str) -> None:
-        """Print a line of a scene."""
-        self.console.print(text)
+        """Print a line of a scene, or some, indented."""
+        self.console.print(Padding(text, (0, 0, 0, 2)))
 
     def tell(self, label: str, text: str | None, note: str = "") -> None:
         """Show a text beside its label."""
@@ -156,7 +161,7 @@ def stop_look_edit(demo: Demo) -> None:
             stops += 1
             if stops == 1:
                 demo.say(
-                    f"  prompt: [italic]{demo.prompt}[/italic]\n  stopped after [bold]{stop.site}[/bold], "
+                    f"prompt: [italic]{demo.prompt}[/italic]\nstopped after [bold]{stop.site}[/bold], "
                     f"{stop.phase}, positions {stop.positions[0]}-{stop.positions[-1]}; later layers have not run"
                 )
                 demo.console.print(render.activation(stop.value[-1], demo.tokenizer, dj.unembed))
@@ -181,7 +186,7 @@ def steer(demo: Demo) -> None:
     with torch.no_grad():
         ends = [dj.run_with_cache(list(side), site, positions=-1, logits=False)[1][site] for side in (good, bad)]
         direction = ends[0].float().mean((0, 1)) - ends[1].float().mean((0, 1))
-    demo.say(f"  direction: mean of {len(good)} contrasting prompts' {site}, length {direction.norm():.1f}")
+    demo.say(f"direction: mean of {len(good)} contrasting prompts' {site}, length {direction.norm():.1f}")
     prompts = list(bad[:4])
     plain = dj.generate(prompts, max_new_tokens=demo.new_tokens)
     counts = Table("steering", "joyful words", "gloomy words", title_justify="left", box=None)
@@ -226,7 +231,7 @@ def pause_and_serve(demo: Demo) -> None:
         run_a = a.generate(demo.prompt, max_new_tokens=demo.new_tokens, breakpoints=[demo.site], output_logits=True)
         for _ in range(3):
             stop = next(run_a)
-        demo.say(f"  A pauses at {stop.site}, position {stop.position}; B runs from start to end")
+        demo.say(f"A pauses at {stop.site}, position {stop.position}; B runs from start to end")
         result_b = b.generate(demo.prompts[0][0], max_new_tokens=demo.new_tokens, output_logits=True).result()
         result_a = run_a.result()
     for name, got, want in (("A", result_a, alone[0]), ("B", result_b, alone[1])):
@@ -260,11 +265,11 @@ def rewind_and_turn(demo: Demo) -> None:
         first = run.result()
         position = int(first.tokens.numel()) - demo.new_tokens // 2
         stop = run.rewind(position=position, site=demo.site)
-        demo.say(f"  rewound to position {stop.position}, {stop.site}: {len(stop.tokens)} tokens of history stand")
+        demo.say(f"rewound to position {stop.position}, {stop.site}: {len(stop.tokens)} tokens of history stand")
         again = run.result()
         demo.verdict("rewound and resumed untouched: the same future", torch.equal(first.tokens, again.tokens))
         run.rewind(position=position, site=demo.site).value.mul_(-1.0)
-        demo.say("  rewound again, and this time the activation is turned around once (value.mul_(-1))")
+        demo.say("rewound again, and this time the activation is turned around once (value.mul_(-1))")
         other = run.result()
         for label, result in (("first", first), ("other way", other)):
             demo.tell(label, result.text)
@@ -282,7 +287,7 @@ def save_and_restore(demo: Demo) -> None:
         dispatch = (time.perf_counter() - started) * 1e3
         saved.wait().save(path)
         demo.say(
-            f"  checkpoint() returned after {dispatch:.2f} ms; {path.stat().st_size / 1e3:.0f} kB on disk; "
+            f"checkpoint() returned after {dispatch:.2f} ms; {nbytes(path.stat().st_size)} on disk; "
             "a second process restores it and goes on"
         )
         with _working(demo.console, "second process: load, compile, restore, resume"):

@@ -84,6 +84,7 @@ class Dj(Looking, Keeping):
             options.max_length,
             source.windows,
             options.edit_rank,
+            options.pinned_bytes // 2,
         )
         self.engine = Engine(
             programs=programs,

@@ -74,7 +74,8 @@ class Keeping:
             positions that hold something), ``buffers`` (what compiled steps read and leave behind) and ``staging`` (for
             copies to the host); on the host ``weights_streamed``, ``host`` (KV of sessions there), ``pinned_used``
             (that, and checkpoints in memory),
-            ``pinned_capacity`` (all slabs) and its bound ``pinned_budget``; ``disk`` and its bound ``disk_budget``.
+            ``pinned_capacity`` (all slabs) and its bound ``pinned_budget``, ``values`` (pinned for what
+            ``run_with_cache(device="cpu")`` brings); ``disk`` and its bound ``disk_budget``.
             The attribute ``sessions`` of what is returned tells the same by session.
         """
         engine = self.engine
@@ -94,6 +95,7 @@ class Keeping:
                 "pinned_used": engine.pool.used,
                 "pinned_capacity": engine.pool.capacity,
                 "pinned_budget": engine.pool.limit,
+                "values": self.observer.values.capacity,
                 "disk": engine.tiers.disk.used,
                 "disk_budget": engine.tiers.disk.limit,
             }

@@ -70,7 +70,8 @@ class Looking:
                 layout given.
             stop_after: end the pass after this site; no logits then.
             logits: False for none, True for all, an int for that many trailing positions.
-            device: move kept values there.
+            device: move kept values there. From a GPU to ``"cpu"``, values of 1 MiB and more lie in pinned memory that
+                is used again once they are dropped, up to half of ``pinned_bytes`` in all.
             dtype: convert kept values to it.
 
         Returns:
@@ -101,7 +102,7 @@ class Looking:
         def finish(site: Site, kept: Kept) -> Callable[[], torch.Tensor] | None:
             return send(select_positions(batch, kept, positions, taken)) if site.name in names else None
 
-        with sending(device, dtype, self.engine.device) as send:
+        with sending(device, dtype, self.engine.device, self.observer.values) as send:
             kept_logits, sent = self.observer.capture(batch, plan, finish)
             cache = Cache(table, {name: there() for name, there in sent.items() if there is not None})
         if not logits or not kept_logits:

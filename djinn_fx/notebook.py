@@ -137,10 +137,9 @@ def _cell(cell: Cell) -> str:
     if isinstance(cell, Curve):
         return sparkline(cell, 120, 18)
     if isinstance(cell, Share):
-        bar = (
-            f"display:inline-block;height:2px;width:{max(0.0, min(1.0, cell.share)) * 100:.0f}%;background:currentColor"
-        )
-        return f'{_say(cell.text)} {cell.share:.0%}<div style="line-height:2px"><span style="{bar}"></span></div>'
+        wide = f"{max(0.0, min(1.0, cell.share)) * 100:.0f}%"
+        bar = f"height:2px;width:{wide};margin:3px 0 2px;background:currentColor"  # a block: below every letter's tail
+        return f'{_say(cell.text)} {cell.share:.0%}<div style="{bar}"></div>'
     return _say(cell)
 
 

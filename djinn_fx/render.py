@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from djinn_fx.runtime.wording import numbers
+
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 
 Unembed = Callable[[torch.Tensor], torch.Tensor]
@@ -17,11 +19,11 @@ def activation(h: torch.Tensor, tokenizer: Any, unembed: Unembed) -> Table:
     """One position's activation ``[width]``: norm, mean, extremes, histogram, largest neurons, logit lens."""
     flat = h.detach().float().cpu().flatten()
     table = Table.grid(padding=(0, 2))
-    table.add_row("  norm", f"{flat.norm():.2f}", "mean", f"{flat.mean():+.3f}")
-    table.add_row("  min", f"{flat.min():+.2f}", "max", f"{flat.max():+.2f}")
     top = flat.abs().topk(min(5, flat.numel())).indices.tolist()
-    table.add_row("  values", histogram(flat), "largest", ", ".join(f"{i}: {flat[i]:+.2f}" for i in top))
-    table.add_row("  lens", ", ".join(f"{word!r} {p:.0%}" for word, p in top_tokens(h, tokenizer, unembed)), "", "")
+    table.add_row("  numbers", numbers(flat))
+    table.add_row("  values", histogram(flat))
+    table.add_row("  largest", ", ".join(f"{i}: {flat[i]:+.2f}" for i in top))
+    table.add_row("  lens", ", ".join(f"{word!r} {p:.0%}" for word, p in top_tokens(h, tokenizer, unembed)))
     return table
 
 

@@ -182,11 +182,20 @@ class SiteTable:
         reason = self.absent.get(wanted) or self.absent.get(role)
         if reason:
             return f"this model has no site {name!r}: {reason}."
+        layers = [site.layer for site in self.sites if site.layer is not None]
+        last = max(layers, default=0)
+        ends = [re.sub(r"(?<=\.)\d+(?=\.|$)", str(layer), name, count=1) for layer in (0, last)]
+        if layers and ends[0] != ends[1] and self._knows(ends[1]):
+            first = ends[0] if self._knows(ends[0]) else ""
+            there = f"{first} to {ends[1]}" if first else f"up to {ends[1]}"
+            return f"no site {name!r}: this model's layers are 0 to {last}, so {there}."
         near = self._near(name, wanted)
         hint = f"nearest: {', '.join(near)}" if near else "dj.sites.names lists them all"
-        layers = [site.layer for site in self.sites if site.layer is not None]
-        span = f" (layers are 0 to {max(layers)})" if layers else ""
+        span = f" (layers are 0 to {last})" if layers else ""
         return f"no site {name!r} in this model{span}; {hint}."
+
+    def _knows(self, name: str) -> bool:
+        return from_transformer_lens(name) in self._index  # type: ignore[attr-defined]
 
     def _near(self, name: str, wanted: str) -> list[str]:
         """Names like an unknown one; where it looks like one of TransformerLens, those first, with what they mean."""

@@ -36,6 +36,9 @@ Item = TypeVar("Item")
 FORMAT = "djinn_fx harvest 1"
 INDEX = "index.json"
 
+#: Bytes of the text in which words that the model does not know are looked for.
+LOOKED_AT = 1 << 16
+
 #: Folder of files that are being written: a kill leaves what it likes there, and nothing elsewhere.
 UNFINISHED = ".unfinished"
 
@@ -150,7 +153,14 @@ def _to_host(
         return values
     with torch.cuda.stream(stream):
         stream.wait_event(ready)
-        return {name: value.cpu() for name, value in values.items()}
+        pinned = {name: _pinned_like(value).copy_(value, non_blocking=True) for name, value in values.items()}
+    stream.synchronize()
+    return {name: value.clone() for name, value in pinned.items()}  # torch keeps pinned memory for the next batch
+
+
+def _pinned_like(value: torch.Tensor) -> torch.Tensor:
+    """Pinned memory: the bus fills it many times faster than fresh pages, and holds nobody up."""
+    return torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
 
 
 def harvest(
@@ -281,7 +291,17 @@ def main(
     if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise typer.BadParameter(f"{dtype!r} is no dtype of torch, such as float16.")
     console = Console(stderr=True)
-    network, tokenizer = bundled.load(model) if model else bundled.storyteller()
+    try:
+        network, tokenizer = bundled.load(model or bundled.NAME)
+    except djinn.DjinnError as error:
+        raise typer.BadParameter(str(error)) from error
+    with text.open("rb") as file:
+        words = file.read(LOOKED_AT).decode("utf-8", "ignore").split()
+    unknown = bundled.unknown_words(tokenizer, " ".join(words))
+    if unknown:
+        more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
+        some = ", ".join(map(repr, unknown[:8]))
+        console.print(f"note: the model does not know {some}{more}, and reads its unknown token instead", markup=False)
     network.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     # One session's KV is kept, as this opens none; a window is one chunk.
     dj = djinn.compile(network, tokenizer=tokenizer, max_sessions=1, max_length=length, prefill_chunk=length)

@@ -55,7 +55,7 @@ s
 folder = tempfile.TemporaryDirectory()
 path = Path(folder.name) / "agent.safetensors"
 s.checkpoint().save(path)
-print(f"{path.stat().st_size / 1e3:.0f} kB for {s.tokens.numel()} tokens")
+print(f"{path.stat().st_size / 1024:.0f} KiB for {s.tokens.numel()} tokens")
 
 # %% [markdown]
 # ## The other process

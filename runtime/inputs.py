@@ -80,24 +80,35 @@ def prompt_batch(inputs: object, tokenizer: Tokenizer | None, vocab_size: int) -
         mask = (mask != 0).long()  # masks may be bool or float
     rows = _rows(inputs, tokenizer)
     if mask is None:
-        places = [list(range(len(row))) for row in rows]
+        kept, places = rows, [list(range(len(row))) for row in rows]
     else:
-        masks = _rows(mask, None)
-        if [len(row) for row in masks] != [len(row) for row in rows]:
-            raise InvalidValue("attention_mask and input_ids differ in shape.")
-        places = [[i for i, seen in enumerate(row) if seen] for row in masks]
-    kept = []
-    for row, where in zip(rows, places, strict=True):
-        if where and where != list(range(where[0], where[-1] + 1)):
-            raise InvalidValue(
-                "attention_mask hides a token between two visible ones; pads may stand left or right only."
-            )
-        kept.append(row[where[0] : where[-1] + 1] if where else [])
-        if kept[-1] and not (min(kept[-1]) >= 0 and max(kept[-1]) < vocab_size):
-            wrong = next(token for token in kept[-1] if not 0 <= token < vocab_size)
-            whose = "" if len(rows) == 1 else f" of prompt {len(kept) - 1}"
-            raise InvalidValue(f"token id {wrong}{whose} is outside the vocabulary of {vocab_size}.")
+        places = _places(rows, mask)
+        kept = [row[where[0] : where[-1] + 1] if where else [] for row, where in zip(rows, places, strict=True)]
+    for index, row in enumerate(kept):
+        if row and not (min(row) >= 0 and max(row) < vocab_size):
+            wrong = next(token for token in row if not 0 <= token < vocab_size)
+            raise InvalidValue(f"token id {wrong}{_whose(index, len(rows))} is outside the vocabulary of {vocab_size}.")
     return PromptBatch(kept, places, max((len(row) for row in rows), default=0))
+
+
+def _places(rows: Sequence[Sequence[int]], mask: object) -> list[list[int]]:
+    """The column of each token that an attention mask shows."""
+    masks = _rows(mask, None)
+    if [len(row) for row in masks] != [len(row) for row in rows]:
+        raise InvalidValue("attention_mask and input_ids differ in shape.")
+    places = [[i for i, seen in enumerate(row) if seen] for row in masks]
+    for index, where in enumerate(places):
+        if where and where[-1] - where[0] + 1 != len(where):
+            raise InvalidValue(
+                f"attention_mask hides a token{_whose(index, len(rows))} between two visible ones; pads may stand left "
+                "or right only."
+            )
+    return places
+
+
+def _whose(index: int, count: int) -> str:
+    """Which of many prompts an error is about."""
+    return "" if count == 1 else f" of prompts[{index}]"
 
 
 def require_lengths(rows: Sequence[Sequence[int]], most: int) -> None:
@@ -112,7 +123,7 @@ def require_lengths(rows: Sequence[Sequence[int]], most: int) -> None:
         CapacityError: a prompt is longer than a session.
     """
     for index, row in enumerate(rows):
-        name = "the prompt" if len(rows) == 1 else f"prompt {index}"
+        name = "the prompt" if len(rows) == 1 else f"prompts[{index}]"
         if not row:
             raise InvalidValue(f"{name} is empty. Give at least one token.")
         if len(row) > most:

@@ -9,15 +9,17 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 import torch
 
-from djinn_fx.errors import CapacityError, InvalidValue
+from djinn_fx.errors import InvalidValue
 from djinn_fx.program import LOGITS, KVSpec, Program
 from djinn_fx.runtime.arena import KVArena
-from djinn_fx.runtime.inputs import PromptBatch
-from djinn_fx.runtime.kept import Kept
+from djinn_fx.runtime.inputs import PromptBatch, require_lengths
+from djinn_fx.runtime.kept import SLAB, Kept
+from djinn_fx.runtime.pinned import HostPool
 from djinn_fx.runtime.programs import SMALLEST_CHUNK, ProgramCache, bucket
 from djinn_fx.runtime.scratch import Scratch
 from djinn_fx.runtime.segments import Env, run_segments
@@ -75,6 +77,7 @@ class Observer:
         max_length: longest prompt.
         windows: sliding window of each layer, None where it sees everything.
         rank: directions an edit may have.
+        host_bytes: most pinned host memory for values on their way from a GPU, and for those that somebody holds.
     """
 
     programs: ProgramCache
@@ -86,21 +89,21 @@ class Observer:
     max_length: int
     windows: tuple[int | None, ...] = ()
     rank: int = 0
+    host_bytes: int = 0
     scratch: Scratch = field(init=False, repr=False)
+    values: HostPool = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.scratch = Scratch(self.dtype, self.device)
+        self.values = HostPool(self.host_bytes, pinned=self.device.type == "cuda", slab=SLAB)
 
     @torch.no_grad()
     def sweep(self, batch: PromptBatch, plan: Sweep, visit: Visit | None = None) -> list[torch.Tensor]:
         """Run a batch of prompts; returns each row's logits ``[kept, vocab]`` (nothing if none are wanted)."""
+        if not batch.rows:
+            raise InvalidValue("no prompt was given; give at least one.")
+        require_lengths(batch.rows, self.max_length)
         lengths = [len(row) for row in batch.rows]
-        if not lengths or not min(lengths):
-            raise InvalidValue("a prompt is empty; give at least one token in each.")
-        if max(lengths) > self.max_length:
-            raise CapacityError(
-                f"a prompt has {max(lengths)} tokens, but the model was compiled for max_length={self.max_length}."
-            )
         logits: list[list[torch.Tensor]] = [[] for _ in lengths]
         cuts, variant = self._program_for(batch, plan)
         longest = max([*lengths, *(step.stop for step in batch.steps or ())])
@@ -285,13 +288,7 @@ def _give(arena: KVArena, batch: PromptBatch) -> None:
 
 
 def _call_hook(hook: Hook, value: torch.Tensor, site: Site) -> torch.Tensor:
-    point = HookPoint(site.name, site.layer)
-    try:
-        inspect.signature(hook).bind(value, hook=point)
-    except (TypeError, ValueError):
-        returned = hook(value)
-    else:
-        returned = hook(value, hook=point)
+    returned = _bound(hook, value, HookPoint(site.name, site.layer))()
     if returned is None:
         return value
     if returned.shape != value.shape or returned.dtype != value.dtype:
@@ -300,3 +297,25 @@ def _call_hook(hook: Hook, value: torch.Tensor, site: Site) -> torch.Tensor:
             f"{tuple(value.shape)} {value.dtype}, or None."
         )
     return returned
+
+
+def _bound(hook: Hook, value: torch.Tensor, point: HookPoint) -> Callable[[], torch.Tensor | None]:
+    """A hook with what it takes: the value and ``hook=``, the value alone, or two things in that order.
+
+    Raises:
+        InvalidValue: it takes something else.
+    """
+    try:
+        signature = inspect.signature(hook)
+    except (TypeError, ValueError):  # some builtins have none
+        return partial(hook, value)
+    for call in (partial(hook, value, hook=point), partial(hook, value), partial(hook, value, point)):
+        try:
+            signature.bind(*call.args, **call.keywords)
+        except TypeError:
+            continue
+        return call
+    raise InvalidValue(
+        f"the hook at {point.name!r} has the signature {signature}; it is called as hook(value, hook=point) or "
+        "hook(value)."
+    )

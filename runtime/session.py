@@ -45,6 +45,7 @@ class Session(Residence, Shown):
         self.parent: Session | None = None
         self.last_logits: torch.Tensor | None = None
         self.closed = False
+        self.orphaned = False  # closed because the session that it was forked from was
         self._run: Run | None = None
 
     @property
@@ -178,6 +179,8 @@ class Session(Residence, Shown):
     ) -> SteerHandle:
         """Steer ``site`` from here on; a later call on the same site replaces the earlier.
 
+        With nothing but a site it changes nothing: a neutral edit, which ends an earlier one there.
+
         Args:
             site: a site name, with the fields of :class:`djinn_fx.Edit` as keywords, or an Edit.
             scale: see Edit.
@@ -186,7 +189,8 @@ class Session(Residence, Shown):
             **edit: ``add``, ``ablate``, ``strength``, ``feature``, ``positions`` as in Edit.
 
         Raises:
-            UnknownSite, SiteNotCompiled, InvalidValue, SessionClosed.
+            UnknownSite, SiteNotCompiled, SessionClosed.
+            InvalidValue: a tensor of another width, or a number that is NaN or infinite.
         """
         if kv not in ("keep", "recompute"):
             raise InvalidValue(f"steer(kv={kv!r}): choose 'keep' or 'recompute'.")
@@ -272,6 +276,12 @@ class Session(Residence, Shown):
 
     def require_open(self) -> None:
         """Raise :class:`SessionClosed` if the session was closed."""
+        if self.orphaned and not self.engine.closed:
+            raise SessionClosed(
+                "this session is a fork, and the session that it was forked from was closed (a `with` closes it at its "
+                "end), which closes its forks too. Use forks before that; or keep one with stop.checkpoint() while it "
+                "is open, and go on with dj.restore(checkpoint)."
+            )
         if self.closed or self.engine.closed:
             raise SessionClosed(
                 "this session was closed; its KV row is gone. Open another with dj.session(), or "
@@ -295,6 +305,7 @@ class Session(Residence, Shown):
             self.require_endable()
             for child in list(self.children):
                 child.close()
+                child.orphaned = True
             if not self.closed:
                 if self._run is not None:
                     self._run.abandon()

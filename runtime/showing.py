@@ -13,6 +13,7 @@ import torch
 
 from djinn_fx.runtime.wording import (
     curve,
+    edit,
     kind_of,
     nbytes,
     norms_of,
@@ -24,7 +25,7 @@ from djinn_fx.runtime.wording import (
     tail,
     word,
 )
-from djinn_fx.specs import Breakpoint, Edit
+from djinn_fx.specs import Breakpoint
 from djinn_fx.views import Cell, Curve, Share, Table, Text, View
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def stop_view(stop: Stop) -> View:
             ("why", _why(stop)),
             ("tokens", tail(engine, stop.tokens.tolist() if stop.current else list(stop.within.tokens))),
             ("value", f"{kind_of(value)}{', written to' if stop.written else ''}"),
-            ("numbers", numbers(value)),
+            ("numbers" if len(stop.positions) == 1 else "all positions", numbers(value)),
             *_steering(stop.session),
         ),
         tuple(parts),
@@ -195,21 +196,8 @@ def session_view(session: Session) -> View:
 
 
 def _steering(session: Session) -> tuple[tuple[str, str], ...]:
-    said = "; ".join(_edit(armed.edit) for armed in session.steering.values())
+    said = "; ".join(edit(armed.edit) for armed in session.steering.values())
     return (("steering", said),) if said else ()
-
-
-def _edit(edit: Edit) -> str:
-    """An edit in a few words, as the keywords that made it."""
-    parts = []
-    if isinstance(edit.scale, torch.Tensor) or edit.scale != 1:
-        parts.append("scale" if isinstance(edit.scale, torch.Tensor) else f"scale={edit.scale:g}")
-    parts += [name for name in ("add", "ablate", "feature") if getattr(edit, name) is not None]
-    if edit.strength != 1:
-        parts.append(f"strength={edit.strength:g}")
-    if edit.positions != "all":
-        parts.append(f"positions={edit.positions!r}")
-    return f"{edit.site}: {', '.join(parts) or 'no change'}"
 
 
 # -- results and caches ------------------------------------------------------------------------

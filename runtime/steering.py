@@ -6,6 +6,7 @@ the nearest bf16 number.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -62,10 +63,12 @@ def arm(key: int, edit: Edit, site: Site, dtype: torch.dtype, device: torch.devi
     """Resolve ``edit`` for ``site``: check shapes, fold the strength in, orthonormalise directions.
 
     Raises:
-        InvalidValue: a tensor of the wrong width, a direction of length zero, or more directions than ``rank``.
+        InvalidValue: a tensor of the wrong width, a number that is NaN or infinite, a direction of length zero, or more
+            directions than ``rank``.
     """
     edit = _owned(edit)
     wide = torch.promote_types(dtype, torch.float32)
+    _require_numbers(edit, site, wide)
     resolver = _Resolver(site, wide, device)
     strength = float(edit.strength)
     scale = add = None
@@ -91,6 +94,25 @@ def arm(key: int, edit: Edit, site: Site, dtype: torch.dtype, device: torch.devi
     return Armed(key, replace(edit, site=site.name), scale, add, joined)
 
 
+def _require_numbers(edit: Edit, site: Site, wide: torch.dtype) -> None:
+    """Raise where a number of an edit is not finite in the tables' dtype; a bound may be infinite."""
+    found: dict[str, object] = {"strength": edit.strength, "scale": edit.scale}
+    if edit.feature is not None:
+        found |= {f"feature.{name}": getattr(edit.feature, name) for name in ("bias", "threshold", "set")}
+        bounds = {f"feature.{name}": getattr(edit.feature, name) for name in ("min", "max")}
+        found |= {name: bound for name, bound in bounds.items() if bound is not None and not math.isinf(bound)}
+    for name, value in found.items():
+        if isinstance(value, (int, float)) and not abs(value) <= torch.finfo(wide).max:
+            raise _not_finite(site, f"{name}={value}")
+
+
+def _not_finite(site: Site, what: str) -> InvalidValue:
+    return InvalidValue(
+        f"edit of {site.name!r}: {what} is NaN, infinite or too large, and would make every later layer NaN or Inf. If "
+        "that is what you want, write it into stop.value at a stop, which takes any value."
+    )
+
+
 def _owned(edit: Edit) -> Edit:
     """The edit with tensors of its own: history must not change when the user changes theirs."""
     scale = edit.scale.clone() if isinstance(edit.scale, torch.Tensor) else edit.scale
@@ -113,7 +135,8 @@ class _Resolver:
         if isinstance(scale, torch.Tensor) and scale.dim() > 0:
             factor = self.vector("scale", scale).clone()  # steps keep it, and the user may change his
         else:
-            factor = torch.full(self.site.feature_shape, float(scale), dtype=self.wide, device=self.device)
+            given = torch.full(self.site.feature_shape, float(scale), dtype=torch.float64, device=self.device)
+            factor = self._finite("scale", given.to(self.wide))
         if strength != 1.0:
             factor = 1.0 + strength * (factor - 1.0)
         return factor if bool((factor != 1.0).any()) else None
@@ -121,7 +144,7 @@ class _Resolver:
     def vector(self, what: str, value: torch.Tensor) -> torch.Tensor:
         """``value`` as ``[*feature_shape]``; a ``[d_head]`` vector serves every head."""
         shape = self.site.feature_shape
-        value = value.detach().to(self.device, self.wide)
+        value = self._finite(what, value.detach().to(self.device, self.wide))
         if tuple(value.shape) == shape or (len(shape) > 1 and tuple(value.shape) == shape[-1:]):
             return value.expand(shape).contiguous()
         if value.dim() == 1 and value.numel() == self.site.width:
@@ -140,7 +163,14 @@ class _Resolver:
                 f"edit of {self.site.name!r}: {what} has shape {tuple(value.shape)}, "
                 f"but directions of this site are [{self.site.width}] or [k, {self.site.width}]."
             )
-        return rows.contiguous()
+        return (rows if what == "ablate" else self._finite(what, rows)).contiguous()
+
+    def _finite(self, what: str, value: torch.Tensor) -> torch.Tensor:
+        """The value; raises where an element is not finite in the tables' dtype."""
+        bad = int((~torch.isfinite(value)).sum())
+        if bad:
+            raise _not_finite(self.site, f"{what} (in {bad} of {value.numel()} numbers)")
+        return value
 
     def basis(self, value: torch.Tensor) -> torch.Tensor:
         """Orthonormal basis ``[k, width]`` of the span of the directions, in fp64, rounded once."""

@@ -93,14 +93,21 @@ def step_ints(batch: Sequence[BatchRow], shape: ProgramShape, spare_row: int) ->
     flat = torch.zeros(int_count(shape), dtype=torch.int64)
     views = {name: view.numpy() for name, view in int_views(flat, shape).items()}  # NumPy writes in half the time
     views[ROWS].fill(spare_row)
+    if not batch:
+        return flat
+    count = len(batch)
+    counts = np.array([len(row.step.tokens) for row in batch])
+    starts = np.array([row.step.start for row in batch])
     for index, row in enumerate(batch):
-        count = len(row.step.tokens)
-        views[TOKENS][index, :count] = row.step.tokens
-        views[POSITIONS][index, :count] = np.arange(row.step.start, row.step.stop)
-        views[ROWS][index], views[LENGTHS][index] = row.arena_row, row.step.stop
-        if KEEP in views:
-            first = max(0, count - shape.keep)
-            views[KEEP][index] = np.arange(first, first + shape.keep).clip(0, max(count - 1, 0))
+        views[TOKENS][index, : len(row.step.tokens)] = row.step.tokens
+    within = np.arange(shape.query)
+    views[POSITIONS][:count] = np.where(within < counts[:, None], starts[:, None] + within, 0)
+    views[ROWS][:count] = [row.arena_row for row in batch]
+    views[LENGTHS][:count] = starts + counts
+    if KEEP in views:
+        first = np.maximum(counts - shape.keep, 0)
+        kept = first[:, None] + np.arange(shape.keep)
+        views[KEEP][:count] = np.minimum(kept, np.maximum(counts - 1, 0)[:, None])
     return flat
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from djinn_fx.specs import Edit
 from djinn_fx.views import Curve
 
 if TYPE_CHECKING:
@@ -68,13 +69,35 @@ def numbers(value: torch.Tensor) -> str:
         return "empty"
     if not value.is_floating_point():
         return f"{int(value.amin())} to {int(value.amax())}"
-    bad = ~torch.isfinite(value)
     wide = torch.promote_types(value.dtype, torch.float32)
     mean, low, high = value.mean(dtype=wide), value.amin().to(wide), value.amax().to(wide)
     norm = torch.linalg.vector_norm(value, dtype=wide)
-    found = torch.stack([norm, mean, low, high, bad.sum().to(wide)]).tolist()
-    lost = f", {found[4]:.0f} NOT FINITE" if found[4] else ""
-    return "norm {:.4g}, mean {:+.3g}, min {:+.3g}, max {:+.3g}".format(*found[:4]) + lost
+    bad = [value.isnan().sum().to(wide), value.isinf().sum().to(wide)]
+    found = torch.stack([norm, mean, low, high, *bad]).tolist()
+    lost = nonfinite(int(found[4]), int(found[5]))
+    return "norm {:.4g}, mean {:+.3g}, min {:+.3g}, max {:+.3g}".format(*found[:4]) + (f", {lost}" if lost else "")
+
+
+def nonfinite(nans: int, infs: int) -> str:
+    """How many values are NaN or infinite; nothing where none is."""
+    return ", ".join(f"{count} {name}" for count, name in ((nans, "NaN"), (infs, "Inf")) if count)
+
+
+def edit(what: Edit) -> str:
+    """An edit in a few words, as the keywords that made it."""
+    parts = []
+    if isinstance(what.scale, torch.Tensor):
+        parts.append(f"scale={tuple(what.scale.shape)}")
+    elif what.scale != 1:
+        parts.append(f"scale={what.scale:g}")
+    if what.add is not None:
+        parts.append(f"add (norm {short(float(what.add.float().norm()))})")
+    parts += [name for name in ("ablate", "feature") if getattr(what, name) is not None]
+    if what.strength != 1:
+        parts.append(f"strength={what.strength:g}")
+    if what.positions != "all":
+        parts.append(f"positions={what.positions!r}")
+    return f"{what.site}: {', '.join(parts) or 'no change'}"
 
 
 def row_norms(value: torch.Tensor, axes: int) -> torch.Tensor:

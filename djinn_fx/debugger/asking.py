@@ -8,7 +8,8 @@ from djinn_fx.debugger import forking, points, shows
 from djinn_fx.debugger.expressions import explain
 from djinn_fx.debugger.lens import lens_at
 from djinn_fx.errors import InvalidValue
-from djinn_fx.runtime.wording import word
+from djinn_fx.runtime import wording
+from djinn_fx.runtime.wording import nbytes, word
 
 if TYPE_CHECKING:
     from djinn_fx.debugger.interpreter import Debugger
@@ -51,7 +52,7 @@ def receipt(d: Debugger, rest: str) -> None:
 def memory(d: Debugger, rest: str) -> None:
     """Bytes by component."""
     d.say_python("print(dj.memory())")
-    d.write("\n".join(f"{name:<16} {size / 1e6:10.3f} MB" for name, size in d.dj.memory().items()))
+    d.write("\n".join(f"{name:<16} {nbytes(size):>12}" for name, size in d.dj.memory().items()))
 
 
 def sites(d: Debugger, rest: str) -> None:
@@ -84,7 +85,7 @@ def info(d: Debugger, rest: str) -> None:
     elif fits[0] == "edits":
         handles = d.session.handles
         d.say_python(f"print(s{d.current}.handles)")
-        d.write("\n".join(f"{site}  {shows.edit(handle.edit)}" for site, handle in handles.items()) or "no edits")
+        d.write("\n".join(wording.edit(handle.edit) for handle in handles.values()) or "no edits")
     else:
         _site(d, what.strip())
 

@@ -12,12 +12,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from djinn_fx.debugger import shows
 from djinn_fx.debugger.bounds import Budget, TooLarge
 from djinn_fx.debugger.expressions import explain, parse
 from djinn_fx.debugger.whitelist import BINARY
 from djinn_fx.debugger.words import amount
 from djinn_fx.errors import InvalidValue
+from djinn_fx.runtime.wording import numbers
 
 if TYPE_CHECKING:
     from djinn_fx.debugger.interpreter import Debugger
@@ -43,7 +43,7 @@ def set_(d: Debugger, rest: str) -> None:
         raise InvalidValue(f"cannot set {match['target']}: {str(error).splitlines()[0]}") from error
     stop.value.copy_(new)
     d.say_python(f"stop{d.current}.value[{place}] {op} {python}")
-    d.write(shows.numbers(stop.value[-1]))
+    d.write(numbers(stop.value[-1]))
 
 
 def _place(d: Debugger, target: str) -> tuple[Any, str]:
@@ -61,12 +61,16 @@ def _place(d: Debugger, target: str) -> tuple[Any, str]:
 def _vector(given: str) -> tuple[torch.Tensor, str]:
     """The one tensor of a safetensors file, and the Python that reads it."""
     path = Path(given).expanduser()
+    if not path.is_file():
+        raise InvalidValue(f"there is no file {given}; give a safetensors file that holds one tensor.")
     try:
         tensors = load_file(path)
     except SafetensorError as error:
         raise InvalidValue(f"{given} is damaged, or no safetensors file: {error}.") from error
     if len(tensors) != 1:
-        raise InvalidValue(f"{given} holds {len(tensors)} tensors; this takes a file with one.")
+        raise InvalidValue(
+            f"{given} holds {len(tensors)} tensors; this takes a file with one. (What `save` writes is a checkpoint.)"
+        )
     return next(iter(tensors.values())), f"next(iter(safetensors.torch.load_file({str(path)!r}).values()))"
 
 
@@ -88,6 +92,7 @@ def steer(d: Debugger, rest: str) -> None:
         if len(words) == 4:
             options["strength"] = amount(words[3], "strength")
             python += f", strength={_literal(options['strength'])}"
+    d.compile_in(d.dj.sites.select(site))
     session.steer(site, **options)
     d.say_python(f"s{d.current}.steer({site!r}, {python})")
     d.write(f"steering {d.dj.sites.get(site).name} from here on")

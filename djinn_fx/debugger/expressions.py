@@ -112,7 +112,10 @@ class _Evaluator:
     def _Name(self, node: ast.Name) -> Found:
         if node.id in self.names:
             return self.names[node.id], renamed(node, self.python)
-        raise _refused(node, f"unknown name {node.id!r}; known: {', '.join(sorted(self.names))}.")
+        if node.id in FUNCTIONS:
+            raise _refused(node, f"{node.id!r} is a function here, and takes a value: {node.id}(h[-1]).")
+        known = ", ".join(sorted({*self.names, *self.python}))
+        raise _refused(node, f"unknown name {node.id!r}; known: {known}; functions: {', '.join(sorted(FUNCTIONS))}.")
 
     def _Tuple(self, node: ast.Tuple) -> Found:
         parts = [self.value(item) for item in node.elts]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from djinn_fx.debugger.words import number
 from djinn_fx.diff import diff
 from djinn_fx.errors import InvalidValue
+from djinn_fx.runtime.wording import nbytes
 
 if TYPE_CHECKING:
     from djinn_fx.debugger.interpreter import Debugger
@@ -78,7 +79,7 @@ def save(d: Debugger, rest: str) -> None:
         session.watch(d.specs())
     s = f"s{d.current}"
     d.say_python(f"{s}.watch([])", f"{s}.checkpoint().wait().save({path!r})", f"{s}.watch({d.specs_python()})")
-    d.write(f"saved {Path(saved).stat().st_size / 1e3:.0f} kB")
+    d.write(f"saved {nbytes(Path(saved).stat().st_size)}")
 
 
 def load(d: Debugger, rest: str) -> None:

@@ -22,6 +22,7 @@ from djinn_fx.errors import DjinnError
 from djinn_fx.runtime.run import Run
 from djinn_fx.runtime.session import Session
 from djinn_fx.runtime.stop import Stop
+from djinn_fx.sites import Site
 from djinn_fx.specs import Breakpoint
 
 
@@ -168,6 +169,13 @@ class Debugger:
     def specs_python(self) -> str:
         """The breakpoints in force, as a Python list."""
         return f"[{', '.join(point.python for point in self.points.values() if point.enabled)}]"
+
+    def compile_in(self, sites: Iterable[Site]) -> None:
+        """Compile in those sites at which runs cannot stop or be steered yet."""
+        missing = [site.name for site in sites if site.name not in self.dj.compiled_sites]
+        if missing:
+            self.dj.add_sites(missing)
+            self.say_python(f"dj.add_sites({missing!r})")
 
     def watch(self) -> None:
         """Put the breakpoints in force at every session."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from djinn_fx.debugger.words import number
+from djinn_fx.bundled import unknown_words
+from djinn_fx.debugger.words import between, number
 from djinn_fx.errors import InvalidValue
 
 if TYPE_CHECKING:
     from djinn_fx.debugger.interpreter import Debugger
+    from djinn_fx.runtime.stop import Stop
 
 
 def run(d: Debugger, rest: str) -> None:
@@ -31,6 +34,9 @@ def run(d: Debugger, rest: str) -> None:
         f"run1 = s1.generate({prompt!r}, max_new_tokens={d.max_new_tokens}, breakpoints={d.specs_python()})",
         "stop1 = next(run1, None)",
     )
+    unknown = unknown_words(d.dj.engine.tokenizer, prompt)
+    if unknown:
+        d.write(f"note: the model does not know {', '.join(map(repr, unknown))}, and reads its unknown token instead")
     d.arrived(d.drive(lambda: next(begun, None)))
 
 
@@ -76,6 +82,41 @@ def rewind(d: Debugger, rest: str) -> None:
         raise InvalidValue("rewind POSITION [SITE], such as rewind 17 resid_post.3.")
     position, site = number(words[0], "position"), words[1] if len(words) == 2 else None
     name = d.current
-    stop = d.run.rewind(position=position, site=site)
+    if site is not None:
+        d.compile_in([d.dj.sites.get(site)])
+    run, before = d.run, _past(d)
+    stop = run.rewind(position=position, site=site)
     d.say_python(f"stop{name} = run{name}.rewind(position={position}" + (f", site={site!r})" if site else ")"))
+    d.write(_rewound(stop, position, before, _past(d)))
     d.arrived(stop)
+
+
+@dataclass(frozen=True)
+class _Past:
+    """What a session has behind it: how many tokens, the edits at stops, what steers it."""
+
+    tokens: int
+    edits: tuple[str, ...]
+    steered: frozenset[str]
+
+
+def _past(d: Debugger) -> _Past:
+    session, stop = d.session, d.run.stop
+    edits = [(site, step.start, step.stop - 1) for step in session.journal for site in step.injections]
+    if stop is not None and stop.written:
+        edits.append((stop.site, stop.positions[0], stop.positions[-1]))
+    said = [f"{site} ({between(first, last)})" for site, first, last in dict.fromkeys(edits)]
+    return _Past(len(session.tokens), tuple(said), frozenset(session.handles))
+
+
+def _rewound(stop: Stop, position: int, before: _Past, now: _Past) -> str:
+    """Where a rewind went, and what it dropped."""
+    first, last = stop.positions[0], stop.positions[-1]
+    place = f"rewound to position {position}"
+    if first != last:
+        place += f", in the prompt's step, which computes {between(first, last)} together"
+    lost = [between(now.tokens, before.tokens - 1)] if now.tokens < before.tokens else []
+    lost += [f"the edit of {edit}" for edit in before.edits if edit not in now.edits]
+    lost += [f"the steering of {site}" for site in sorted(before.steered - now.steered)]
+    back = [f"the steering of {site} is back" for site in sorted(now.steered - before.steered)]
+    return "; ".join([place, f"dropped: {', '.join(lost) or 'nothing'}", *back])

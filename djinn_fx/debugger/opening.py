@@ -24,7 +24,7 @@ def open_model(reference: str | None, tell: Callable[[str], None]) -> tuple[Dj, 
         tell: is told what is being done.
 
     Raises:
-        OSError: transformers cannot find it.
+        InvalidValue: transformers cannot find it.
         CaptureError, CaptureMismatch: it cannot be compiled.
     """
     import torch
@@ -35,7 +35,7 @@ def open_model(reference: str | None, tell: Callable[[str], None]) -> tuple[Dj, 
     tell(f"loading {reference or 'the storyteller'}")
     if reference is None:
         torch.set_num_threads(1)  # a model this small runs fastest on one
-    model, tokenizer = bundled.load(reference or str(bundled.PATH))
+    model, tokenizer = bundled.load(reference or bundled.NAME)
     if torch.cuda.is_available():
         tell("moving it to the GPU")
         model = model.to("cuda")

@@ -13,6 +13,7 @@ from djinn_fx.debugger.lens import Lens, Moved, lens_at
 from djinn_fx.dj import Dj
 from djinn_fx.errors import DjinnError
 from djinn_fx.runtime.stop import Stop
+from djinn_fx.runtime.wording import nonfinite
 from djinn_fx.views import Share
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def site_of(dj: Dj, stop: Stop | None, width: int) -> Text:
     }  # fmt: skip
     for name, number in measures.items():
         found.append(f"{name} ", DIM).append(f"{number}  ", "bold")
-    bad = shows.nonfinite(flat)
+    bad = nonfinite(int(flat.isnan().sum()), int(flat.isinf().sum()))
     found.append(bad or ("finite" if width > 58 else ""), BAD if bad else DIM)
     found.append("\nvalues   ", DIM).append(render.histogram(flat, max(12, min(40, width - 26))), PROMPT)
     found.append("\nlargest  ", DIM).append_text(_neurons(flat, max(3, min(8, (width - 9) // 12))))

@@ -93,10 +93,7 @@ def _make(d: Debugger, rest: str, *, temporary: bool) -> None:
         python.append(f"when={predicate_python(condition, _sample(d, found[0]))}")
     if times:
         python.append(f"times={times}")
-    missing = [s.name for s in found if s.name not in d.dj.compiled_sites]
-    if missing:
-        d.dj.add_sites(missing)
-        d.say_python(f"dj.add_sites({missing!r})")
+    d.compile_in(found)
     engine = d.dj.engine
     arm_breakpoints([spec], engine.table, engine.sites, engine.dtype, engine.device)  # tries the condition
     d.made += 1

@@ -10,29 +10,14 @@ from djinn_fx import render
 from djinn_fx.dj import Dj
 from djinn_fx.runtime.run import Run
 from djinn_fx.runtime.stop import Stop
-from djinn_fx.runtime.wording import word
+from djinn_fx.runtime.wording import numbers, word
 from djinn_fx.sites import Site
-from djinn_fx.specs import Edit
 
 
 def stopped(stop: Stop, dj: Dj) -> str:
     """Where a run stands, in one line, and its numbers in another."""
     where = f"stopped after {stop.site}, {stop.phase}, position {stop.position}"
     return f"{where}, token {word(dj.engine, int(stop.tokens[-1]))}\n{numbers(stop.value[-1])}"
-
-
-def numbers(h: torch.Tensor) -> str:
-    """Norm, mean, extremes and non-finite values of one position's activation."""
-    flat = h.detach().float().cpu().flatten()
-    bad = nonfinite(flat)
-    flag = f"  {bad}" if bad else ""
-    return f"norm {flat.norm():.2f}  mean {flat.mean():+.3f}  min {flat.min():+.2f}  max {flat.max():+.2f}{flag}"
-
-
-def nonfinite(flat: torch.Tensor) -> str:
-    """How many values are NaN or infinite; nothing where none is."""
-    nans, infs = int(flat.isnan().sum()), int(flat.isinf().sum())
-    return "  ".join(f"{count} {name}" for count, name in ((nans, "NaN"), (infs, "Inf")) if count)
 
 
 def neurons(h: torch.Tensor, count: int = 5) -> str:
@@ -54,22 +39,6 @@ def site(place: Site, dj: Dj) -> str:
     compiled = "compiled in" if place.name in dj.compiled_sites else "not compiled in; `break` compiles it in"
     names = f"\nalso {', '.join(place.aliases)}" if place.aliases else ""
     return f"{place.name}  [tokens, {shape}] {dtype}  {place.module or ''}  {compiled}{names}"
-
-
-def edit(what: Edit) -> str:
-    """An edit in a line."""
-    parts = []
-    if isinstance(what.scale, torch.Tensor):
-        parts.append(f"scale {tuple(what.scale.shape)}")
-    elif what.scale != 1.0:
-        parts.append(f"scale {what.scale:g}")
-    if what.add is not None:
-        parts.append(f"add, norm {what.add.float().norm():.2f}")
-    if what.ablate is not None:
-        parts.append("ablate")
-    if what.feature is not None:
-        parts.append("feature")
-    return "  ".join([*parts, f"strength {what.strength:g}"])
 
 
 def finished(run: Run) -> str:

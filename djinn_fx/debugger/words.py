@@ -33,3 +33,8 @@ def amount(text: str, what: str) -> float:
         return float(text)
     except ValueError:
         raise InvalidValue(f"{text!r} is no {what}; give a number, such as 0.5.") from None
+
+
+def between(first: int, last: int) -> str:
+    """Positions from one to another."""
+    return f"position {first}" if first == last else f"positions {first} to {last}"

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from djinn_fx.bundled import neighbours, no_model
 from djinn_fx.errors import InvalidValue
 from djinn_fx.passes.context import Lower
 from djinn_fx.passes.lower import lower_eager
@@ -78,15 +79,7 @@ def configuration_of(reference: str, known: Sequence[str] = ()) -> Any:
     try:
         return AutoConfig.from_pretrained(reference)
     except (OSError, ValueError) as error:
-        here = Path(reference).expanduser()
-        near = difflib.get_close_matches(reference, known, n=2)
-        near += [str(here.with_name(name)) for name in _neighbours(here)]
-        hint = f"nearest: {', '.join(near)}. " if near else ""
-        why = " ".join(str(error).split())[:200]
-        raise InvalidValue(
-            f"no model {reference!r}: {hint}Built in are {', '.join(known)}; else give a folder of transformers, or "
-            f"a hub id. transformers says: {why}"
-        ) from error
+        raise no_model(reference, error, known) from error
 
 
 def read_trace(path: Path) -> Trace:
@@ -98,18 +91,9 @@ def read_trace(path: Path) -> Trace:
     try:
         return read(path)
     except OSError as error:
-        near = _neighbours(path)
+        near = neighbours(path)
         hint = f"nearest beside it: {', '.join(near)}" if near else "DJINN_TRACE=folder or --jsonl FILE records one"
         raise InvalidValue(f"no trace at {path} ({error.strerror or error}); {hint}.") from error
-
-
-def _neighbours(path: Path) -> list[str]:
-    """Names beside a path that are like its own."""
-    try:
-        names = [each.name for each in path.parent.iterdir()]
-    except OSError:
-        return []
-    return difflib.get_close_matches(path.name, names, n=3)
 
 
 def hollow(config: Any) -> nn.Module:

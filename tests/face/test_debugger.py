@@ -42,7 +42,7 @@ def test_a_script_breaks_steps_edits_and_goes_on(debugger: Debugger, out: list[s
     assert debugger.run_script(["# a comment", "", *script]) == 0
     text = "\n".join(out)
     assert "stopped after resid_post.1, prompt, position 10, token '.'" in text
-    assert "norm 0.00  mean +0.000  min +0.00  max +0.00" in text
+    assert "norm 0, mean +0, min +0, max +0" in text
     assert "stopped after resid_post.2, prompt, position 10" in text
     assert "stopped after resid_post.2, generated, position 11" in text
     assert "finished: length, 8 tokens generated" in text
@@ -122,7 +122,7 @@ def test_breakpoints_are_disabled_enabled_and_counted(debugger: Debugger, out: l
 def test_info_tells_of_sessions_sites_and_edits(debugger: Debugger, out: list[str]) -> None:
     debugger.run_script(["b resid_post.1", "r", "steer resid_post.2 scale 0.5", "fork", "i s"])
     assert "*1  at resid_post.1, position 10  steered: resid_post.2" in out[-1] and " 2  at resid_post.1" in out[-1]
-    assert debugger.execute("info edits") and out[-1] == "resid_post.2  scale 0.5  strength 1"
+    assert debugger.execute("info edits") and out[-1] == "resid_post.2: scale=0.5"
     assert debugger.execute("info site")
     assert "resid_post.1  [tokens, 128] float32" in out[-1] and "breakpoints 1" in out[-1] and "largest  " in out[-1]
     assert debugger.execute("i si blocks.0.hook_mlp_out") and "mlp_out.0" in out[-1] and "not compiled in" in out[-1]
@@ -224,3 +224,50 @@ def test_the_command_line_runs_a_script(tmp_path: Path) -> None:
     piped = CliRunner().invoke(app, ["debug", "--script", "-", "--strict"], input="print x\nhistory\n")
     assert piped.exit_code == 1 and "history" not in piped.output
     assert CliRunner().invoke(app, ["debug", "--script", str(tmp_path / "none")]).exit_code == 2
+
+
+def test_a_rewind_says_where_it_went_and_what_it_dropped(debugger: Debugger, out: list[str]) -> None:
+    debugger.run_script(
+        ["b resid_post.1", "r", "set h[-1] *= 2", "c", "steer resid_post.2 scale 0.5", "set h += 1", "c"]
+    )
+    assert debugger.execute("rewind 11")
+    assert "rewound to position 11; dropped: position 12, the edit of resid_post.1 (position 11)" in out[-2]
+    assert "the steering of resid_post.2" in out[-2] and "positions 0 to 10" not in out[-2]
+    assert debugger.execute("rewind 4 resid_post.0")
+    assert "rewound to position 4, in the prompt's step, which computes positions 0 to 10 together" in out[-2]
+    assert "dropped: position 11, the edit of resid_post.1 (positions 0 to 10)" in out[-2]
+    assert debugger.execute("rewind 4") and out[-2].endswith("dropped: nothing")
+
+
+def test_steer_and_rewind_compile_in_what_they_need(debugger: Debugger, out: list[str]) -> None:
+    debugger.run_script(["tb resid_post.1", "r", "echo on"])
+    for line in ("steer mlp_out.3 scale 0.5", "rewind 3 attn_out.2"):
+        site = line.split()[1] if line.startswith("steer") else line.split()[2]
+        assert site not in debugger.dj.compiled_sites
+        assert debugger.execute(line), out[-1]
+        assert site in debugger.dj.compiled_sites and f">>> dj.add_sites([{site!r}])" in out
+    assert debugger.stop.site == "attn_out.2" and debugger.execute("continue")
+
+
+def test_an_unknown_name_is_told_every_known_one(debugger: Debugger, out: list[str]) -> None:
+    debugger.run_script(["tb resid_post.1", "r"])
+    assert not debugger.execute("p foo")
+    for known in ("norm", "mean", "unembed", "position", "functions: abs, argmax", "cosine", "topk"):
+        assert known in out[-1]
+    assert not debugger.execute("p topk") and "'topk' is a function here" in out[-1]
+
+
+def test_words_that_the_model_does_not_know_are_named(debugger: Debugger, out: list[str]) -> None:
+    assert debugger.execute("run It was a grey quantum morning, and Zaphod felt sad.")
+    assert "note: the model does not know 'quantum', 'Zaphod'" in "\n".join(out)
+    out.clear()
+    assert debugger.execute(f"run {PROMPT}") and "does not know" not in "\n".join(out)
+
+
+@pytest.mark.parametrize("arguments", [["debug", "{}", "--script", "-"], ["demo", "--model", "{}"], ["inspect", "{}"]])
+def test_a_model_that_is_not_there_is_told_its_neighbours(tmp_path: Path, arguments: list[str]) -> None:
+    (tmp_path / "gpt2-small").mkdir()
+    wrong = str(tmp_path / "gpt2-smal")
+    told = CliRunner().invoke(app, [word.format(wrong) for word in arguments], input="run\n")
+    text = "".join(told.output.split())  # lines are broken anywhere
+    assert told.exit_code == 2 and f"InvalidValue:nomodel'{wrong}':nearest:{wrong}l.Builtin:" in text

@@ -71,7 +71,7 @@ def test_a_stop_while_decoding_and_one_that_was_written_to(dj: djinn.Dj) -> None
         assert "position 11, generated" in shown(stop)
         stop.value[0, 3] = math.nan
         text = shown(stop)
-        assert "written to" in text and "1 NOT FINITE" in text and "no logit lens" in text
+        assert "written to" in text and "1 NaN" in text and "no logit lens" in text
         fork = stop.fork()[0]
         assert "Stop after resid_post.1" in shown(fork)
 

@@ -36,7 +36,7 @@ SITES: dict[str, Case] = {
     "layer": (
         lambda dj, s: begin(s, "resid_post.7"),
         djinn.UnknownSite,
-        r"no site 'resid_post.7' in this model \(layers are 0 to 1\); nearest: resid_post\.",
+        r"no site 'resid_post.7': this model's layers are 0 to 1, so resid_post.0 to resid_post.1\.",
     ),
     "spelling": (lambda dj, s: s.steer("resid_pots.0", scale=2.0), djinn.UnknownSite, "nearest: resid_post.0"),
     "nonsense": (
@@ -45,6 +45,7 @@ SITES: dict[str, Case] = {
         "no site '%'.*dj.sites.names lists them all",
     ),
     "glob": (lambda dj, s: begin(s, "attn_zz.*"), djinn.UnknownSite, "no site 'attn_zz.*'"),
+    "module layer": (lambda dj, s: dj.sites.get("model.layers.2.mlp"), djinn.UnknownSite, "so model.layers.0.mlp to"),
     "lens": (lambda dj, s: dj.sites.get("blocks.9.hook_q"), djinn.UnknownSite, "no site 'blocks.9.hook_q'"),
     "lens spelling": (
         lambda dj, s: s.steer("blocks.1.hook_resid_pots", scale=2.0),
@@ -54,7 +55,7 @@ SITES: dict[str, Case] = {
     "lens layer": (
         lambda dj, s: dj.sites.get("blocks.9.hook_mlp_out"),
         djinn.UnknownSite,
-        r"layers are 0 to 1\); nearest: blocks.\d.hook_mlp_out \(mlp_out.\d\)",
+        r"layers are 0 to 1, so blocks.0.hook_mlp_out to blocks.1.hook_mlp_out",
     ),
     "lens glob": (
         lambda dj, s: dj.run_with_cache([3], "blocks.*.hook_mlpout"),
@@ -187,6 +188,36 @@ VALUES: dict[str, Case] = {
         lambda dj, s: djinn.Feature(V, V, min=2.0, max=1.0),
         djinn.InvalidValue,
         "min=2.0 is above max=1.0",
+    ),
+    "add NaN": (
+        lambda dj, s: s.steer("resid_post.0", add=torch.full((WIDTH,), torch.nan)),
+        djinn.InvalidValue,
+        r"edit of 'resid_post.0': add \(in 32 of 32 numbers\) is NaN, infinite or too large.*write it into stop.value",
+    ),
+    "scale inf": (
+        lambda dj, s: s.steer("resid_post.0", scale=float("inf")),
+        djinn.InvalidValue,
+        "edit of 'resid_post.0': scale=inf is NaN, infinite or too large",
+    ),
+    "scale that overflows": (
+        lambda dj, s: s.steer("resid_post.0", scale=1e300),
+        djinn.InvalidValue,
+        r"edit of 'resid_post.0': scale=1e\+300 is NaN, infinite or too large",
+    ),
+    "strength NaN": (
+        lambda dj, s: s.steer("resid_post.0", add=V, strength=float("nan")),
+        djinn.InvalidValue,
+        "strength=nan is NaN, infinite or too large",
+    ),
+    "feature bias": (
+        lambda dj, s: s.steer("resid_post.0", feature=djinn.Feature(V, V, bias=float("-inf"), set=1.0)),
+        djinn.InvalidValue,
+        "feature.bias=-inf is NaN, infinite or too large",
+    ),
+    "hook's arguments": (
+        lambda dj, s: dj.run_with_hooks([3, 4], [("resid_post.0", lambda a, b, c: a)]),
+        djinn.InvalidValue,
+        r"the hook at 'resid_post.0' has the signature \(a, b, c\); it is called as hook\(value, hook=point\)",
     ),
     "hook": (
         lambda dj, s: dj.run_with_hooks([3, 4], [("resid_post.0", lambda value: value[0])]),

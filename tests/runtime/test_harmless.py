@@ -146,11 +146,11 @@ def test_an_upset_queue(dj: djinn.Dj, wanted: list[Result]) -> None:
         with pytest.raises(Upset):
             dj.generate([prompt(5), prompt(6), prompt(7)], max_new_tokens=4, on_token=tell)
         assert len(dj.sessions) == COUNT
-    with pytest.raises(djinn.CapacityError, match=r"prompt 1 has 65 tokens.*max_length=64.*Nothing was computed"):
+    with pytest.raises(djinn.CapacityError, match=r"prompts\[1\] has 65 tokens.*max_length=64.*Nothing was computed"):
         dj.generate([prompt(5), prompt(65), prompt(7)], max_new_tokens=4)
-    with pytest.raises(djinn.InvalidValue, match="prompt 2 is empty"):
+    with pytest.raises(djinn.InvalidValue, match=r"prompts\[2\] is empty"):
         dj.generate([[5], [6], []], max_new_tokens=4)
-    with pytest.raises(djinn.InvalidValue, match="token id 64 of prompt 1 is outside"):
+    with pytest.raises(djinn.InvalidValue, match=r"token id 64 of prompts\[1\] is outside"):
         dj.generate([[5], [64], [6]], max_new_tokens=4)
     ended(dj, runs, wanted)
 

@@ -88,6 +88,19 @@ def test_hooks_see_and_change_the_layout_given(one: djinn.Dj, side: str) -> None
         near(rows_of(layout, logits)[index], alone[0])
 
 
+def test_a_hook_may_call_its_arguments_what_it_likes(one: djinn.Dj) -> None:
+    hooks: list[Any] = [
+        lambda value, hook: value * 2 if hook.name == "resid_post.0" else None,
+        lambda value: value * 2,
+        lambda v, h: v * 2 if h.layer == 0 else None,
+        lambda v, h=3: v * 2 if h == 3 else None,
+    ]
+    found = [one.run_with_hooks([3, 4, 5], [("resid_post.0", hook)]) for hook in hooks]
+    for logits in found:
+        assert logits is not None and found[0] is not None
+        assert_same_bits(logits, found[0])
+
+
 def test_lists_tensors_and_mappings_are_the_same_prompt(one: djinn.Dj) -> None:
     ids = prompt(9)
     expected = one(ids).logits

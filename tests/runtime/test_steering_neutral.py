@@ -67,6 +67,6 @@ def test_a_neighbour_in_the_batch_does_not_feel_an_edit(dj: djinn.Dj) -> None:
             runs = [s.generate(prompt(6, i), max_new_tokens=4, output_logits=True) for i, s in enumerate((a, b))]
             return dj.results(runs)[1]
 
-    plain, wild = neighbour(), torch.full((WIDTH,), torch.nan)
+    plain, wild = neighbour(), torch.full((WIDTH,), 3e38)  # makes infinities, and NaN of them
     assert_same(neighbour(djinn.Edit("resid_post.0", scale=wild, positions="generated")), plain)
     assert_same(neighbour(djinn.Edit("resid_post.0", ablate=V), djinn.Edit("resid_post.1", add=V * 1e30)), plain)
