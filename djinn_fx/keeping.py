@@ -11,6 +11,7 @@ from djinn_fx.making import weight_bytes
 from djinn_fx.runtime.autosave import Autosave, recover
 from djinn_fx.runtime.checkpoint import Checkpoint
 from djinn_fx.runtime.engine import Engine
+from djinn_fx.runtime.observe import Observer
 from djinn_fx.runtime.residence import Memory, Place
 from djinn_fx.runtime.session import Session
 from djinn_fx.runtime.streaming import Weights
@@ -21,6 +22,7 @@ class Keeping:
     """The part of :class:`djinn_fx.Dj` that keeps sessions."""
 
     engine: Engine
+    observer: Observer
     _weights: Weights | None
 
     def _alive(self) -> None:
