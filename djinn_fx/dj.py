@@ -109,7 +109,7 @@ class Dj(Looking, Keeping):
             CapacityError: every KV row is taken.
             SessionClosed: the model was closed.
         """
-        self._require_open()
+        self._alive()
         return self.engine.open_session(seed)
 
     def generate(

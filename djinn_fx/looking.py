@@ -171,12 +171,9 @@ class Looking:
         alone = len(batch.rows) == 1
         return site.name, tuple(position if alone else (row, position) for row, position in places)
 
-    def _require_open(self) -> None:
+    def _alive(self) -> None:
         if self.engine.closed:
             raise SessionClosed("this compiled model was closed; compile it again.")
-
-    def _alive(self) -> None:
-        self._require_open()
         self.engine.guard()
 
     def _batch(self, inputs: object) -> PromptBatch:

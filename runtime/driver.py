@@ -277,6 +277,8 @@ def deliver(engine: Engine, run: Run, site: Site, fired: Sequence[int]) -> Stop:
     # Under the lock: another thread's step may want the place where it lies.
     with engine.lock, outside_inference():  # the user may write to it wherever
         value = flight.value(site).clone()
+        if flight.chunk is not None:
+            flight.chunk.save()
     stop = Stop(run, site, flight.step, value, fired)
     run.stand_at(stop)
     run.interrupted = False

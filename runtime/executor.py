@@ -186,7 +186,7 @@ class Executor:
             run_segments(chunk.program, chunk.env, chunk.next_segment, last)
         else:
             self._seat(chunk).run(chunk.next_segment, last)
-        chunk.next_segment = max(chunk.next_segment, last + 1)
+        chunk.moved_on(last + 1)
 
     def _program(self, batch: Sequence[BatchRow], current: Program | None = None) -> Program:
         """The program that runs a batch: the one at hand, if it is rich enough."""

@@ -130,7 +130,8 @@ class Snapshot:
         run = self.state.run
         if self.frame is None or values is None or run is None or run.flight is None:
             return self.state
-        stop = StopState(self.frame.site, values[0], not same_bits(*values), self.frame.fired)
+        touched = len(values) == 2 and not same_bits(*values)
+        stop = StopState(self.frame.site, values[0], touched, self.frame.fired)
         return replace(self.state, run=replace(run, flight=replace(run.flight, stop=stop)))
 
 
@@ -140,8 +141,8 @@ def snapshot(session: Session, *, between: bool = False) -> tuple[Snapshot, torc
     Tensors that nothing mutates are shared. With ``between`` it may be driven, if no step of it is in the air.
 
     Returns:
-        the snapshot, and for a stop its value and what the step had left there, ``[2, tokens, *feature_shape]``: a
-        copy, on the device.
+        the snapshot, and for a stop its value and what the step had left there, ``[2, tokens, *feature_shape]``, the
+        latter alone, ``[1, ...]``, where nobody had asked for the value: a copy, on the device.
 
     Raises:
         SessionBusy: its run is being driven just now.
@@ -166,7 +167,11 @@ def snapshot(session: Session, *, between: bool = False) -> tuple[Snapshot, torc
         return Snapshot(state, None), None
     stop, before = run.stop, run.flight.value(run.stop.place)
     with outside_inference():
-        return Snapshot(state, Frame(stop.site, stop.fired)), torch.stack((stop.checked_value(), before))
+        if stop.untouched:
+            values = before.clone(memory_format=torch.contiguous_format)[None]
+        else:
+            values = torch.stack((stop.checked_value(), before))
+    return Snapshot(state, Frame(stop.site, stop.fired)), values
 
 
 def _run_state(run: Run) -> RunState:

@@ -46,6 +46,7 @@ class Chunk:
     next_segment: int = 0
     stage: Stage | None = None
     wanted: frozenset[str] | None = None
+    _saved: dict[str, torch.Tensor] | None = field(default=None, repr=False)
 
     @property
     def complete(self) -> bool:
@@ -54,6 +55,7 @@ class Chunk:
 
     def put(self, values: Mapping[str, torch.Tensor]) -> None:
         """Replace some of its values; what follows is computed from them."""
+        self._saved = None
         if self.stage is None:
             self.env.update(values)
         else:
@@ -67,11 +69,21 @@ class Chunk:
         """
         if self.stage is None:
             return
-        known = self._needed()
-        with outside_inference():
-            copies = {name: self.env[name].clone() for name in known}
+        self.save()
         rest = {name: tensor for name, tensor in self.env.items() if name in self.stage.shared}
-        self.env, self.stage = rest | copies, None
+        self.env, self.stage, self._saved = rest | (self._saved or {}), None, None
+
+    @without_grad
+    def save(self) -> None:
+        """Copy now what :meth:`leave` would have to: whoever comes onto the stage then does not wait for it."""
+        if self.stage is not None and self._saved is None:
+            with outside_inference():
+                self._saved = {name: self.env[name].clone() for name in self._needed()}
+
+    def moved_on(self, until: int) -> None:
+        """The segments below ``until`` have run."""
+        if until > self.next_segment:
+            self.next_segment, self._saved = until, None
 
     def _needed(self) -> list[str]:
         """What of the segments' results somebody will still read."""
