@@ -33,14 +33,17 @@ def as_stopped(engine: Engine, runs: Sequence[Run]) -> Iterator[Stop]:
 
 def _stops(engine: Engine, runs: Sequence[Run]) -> Iterator[Stop]:
     while True:
-        found = [run.stop for run in runs if run.stop is not None and run.stop.waiting]
+        found = [stop for run in runs if (stop := run.stop) is not None and stop.waiting]
         if not found:
-            moving = [run for run in runs if not run.finished and not _held(run)]
+            moving = [run for run in runs if not run.finished and ((stop := run.stop) is None or not stop.held)]
             if not moving:
                 return
             seats = _seats(engine, moving)
-            waves = [moving[first : first + seats] for first in range(0, len(moving), seats)]
-            found = [stop for wave in waves for stop in engine.iterate([run for run in wave if not run.finished])]
+            if seats >= len(moving):
+                found = engine.iterate(moving)
+            else:
+                waves = [moving[first : first + seats] for first in range(0, len(moving), seats)]
+                found = [stop for wave in waves for stop in engine.iterate([run for run in wave if not run.finished])]
         for stop in found:
             if stop.current:
                 yield stop.handed_out()
@@ -52,10 +55,6 @@ def _seats(engine: Engine, runs: Sequence[Run]) -> int:
         return len(runs)
     with engine.lock:
         return max(1, engine.tiers.seats({run.session for run in runs}))
-
-
-def _held(run: Run) -> bool:
-    return run.stop is not None and run.stop.held
 
 
 def results(engine: Engine, runs: Sequence[Run]) -> list[Result]:

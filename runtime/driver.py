@@ -88,9 +88,11 @@ def _await_rows(engine: Engine, runs: Sequence[Run]) -> None:
 def _come(engine: Engine, runs: Sequence[Run]) -> None:
     """Begin to bring every session back that is away."""
     for run in runs:
-        run.session.require_open()
-        if run.stop is not None:
-            run.stop.checked_value()
+        if run.session.closed:
+            run.session.require_open()
+        stop = run.stop
+        if stop is not None:
+            stop.checked_value()
     engine.tiers.bring_back(*(run.session for run in runs))
 
 

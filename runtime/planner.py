@@ -166,7 +166,11 @@ def joins(run: Run) -> bool:
 
 def left(run: Run, options: EngineOptions) -> int:
     """How many tokens a run draws at most from here on."""
-    return min(run.options.max_new_tokens - run.generated, options.max_length - run.session.length)
+    session = run.session
+    known = len(session.token_list) if run.end is None else run.end
+    made = known - run.prompt_end if known > run.prompt_end else 0
+    tokens, places = run.options.max_new_tokens - made, options.max_length - session.length
+    return tokens if tokens < places else places
 
 
 def _ends(run: Run, options: EngineOptions) -> bool:
@@ -235,5 +239,5 @@ def conclude(run: Run, token: int | None, options: EngineOptions) -> None:
         run.finish("eos")
     elif token in run.options.stop_token_ids:
         run.finish("stop_token")
-    elif run.generated >= run.options.max_new_tokens or run.session.length >= options.max_length:
+    elif left(run, options) <= 0:
         run.finish("length")

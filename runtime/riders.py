@@ -74,11 +74,15 @@ def board(engine: Engine, waiting: Sequence[Run]) -> Riders:
     launch = None if loop is None else loop.launched
     if loop is None or launch is None or not _suits(launch.shape, waiting, engine):
         return Riders()
-    found = [(run, seat) for run in waiting if (seat := _seat(launch, run)) is not None]
-    if not found:
-        return Riders()
-    runs, seats = zip(*found, strict=True)
-    return Riders(runs, seats, loop.board())
+    runs, seats, rows = [], [], launch.rows
+    for run in waiting:
+        seat = run.seat
+        if seat is None or rows.get(seat.lane) is not seat or not _goes_on(launch, run, seat):
+            seat = _seat(launch, run)
+        if seat is not None:
+            runs.append(run)
+            seats.append(seat)
+    return Riders(tuple(runs), tuple(seats), loop.board()) if runs else Riders()
 
 
 def _suits(shape: ProgramShape, waiting: Sequence[Run], engine: Engine) -> bool:
@@ -91,9 +95,6 @@ def _suits(shape: ProgramShape, waiting: Sequence[Run], engine: Engine) -> bool:
 def _seat(launch: Launch, run: Run) -> Seat | None:
     """The seat of a quiet run in a launch that runs just its next step."""
     session = run.session
-    seat = run.seat
-    if seat is not None and launch.rows.get(seat.lane) is seat and _goes_on(launch, run, seat):
-        return seat
     seat = run.seat = launch.seat_of(session.row)
     if seat is None or not quiet(run):
         return None
@@ -106,17 +107,17 @@ def _seat(launch: Launch, run: Run) -> Seat | None:
 
 def _goes_on(launch: Launch, run: Run, seat: Seat) -> bool:
     """Whether a run that rode on a seat before may go on: only what can have changed since is looked at."""
-    session = run.session
+    session, row = run.session, seat.row
     place = session.length
     return (
         run.flight is None
         and (run.silent or not run.breakpoints)
         and run.target is None
         and not run.interrupted
-        and session.row == seat.row.arena_row
-        and session.steering is seat.row.step.steering[0][1]
+        and session.row == row.arena_row
+        and session.steering is row.step.steering[0][1]
         and place == len(session.token_list) - 1
-        and place == seat.start(launch.number)
+        and place == row.step.start + launch.number - seat.number
         and launch.fed(seat) == session.token_list[place]
     )
 

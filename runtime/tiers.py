@@ -245,7 +245,8 @@ class Tiers:
             Crowded: rows that other threads are using.
         """
         for session in sessions:
-            _hush(session)
+            if session.away is not None:
+                _hush(session)
         away = [session for session in sessions if session.host is not None]
         if not away:
             return
