@@ -117,13 +117,17 @@ def run(context: Context) -> dict[str, Json]:
         found["warm_up"] = context.part("programs", partial(_warm, bench))
         same, detail = moving.same_when_moved(bench)
         check = context.check("a session that moves = one that stays", same, detail)
-        bandwidth = bus_bandwidth(context.device, min(COPIED, loaded.weight_bytes))
-        work = partial(moving.others, bench, bandwidth)
-        found["others"] = context.part("what moves cost others", work) if check.held else refused(check)
-        for count in sizes.counts:
+        # The target comes first: with a short budget there is at least that.
+        for count in sorted(sizes.counts, key=lambda count: (count != sizes.target, count)):
             for name in WAYS:
                 cell = Cell(bench, name, count, allowed, found["ways"].setdefault(name, {}))
                 cell.add()
+            if count == sizes.target:
+                bandwidth = bus_bandwidth(context.device, min(COPIED, loaded.weight_bytes))
+                work = partial(moving.others, bench, bandwidth)
+                found["others"] = context.part("what moves cost others", work) if check.held else refused(check)
+        for cells in found["ways"].values():
+            cells.update({count: cells.pop(count) for count in sorted(cells, key=int)})
     finally:
         dj.close()
     found["targets"] = targets(found["ways"], str(sizes.target))
@@ -166,7 +170,7 @@ class Cell:
         name: of the way.
         count: agents.
         allowed: the tolerance.
-        others: the same way at fewer agents.
+        others: the same way at other numbers of agents.
     """
 
     bench: Bench
@@ -195,6 +199,8 @@ class Cell:
         if way.make is Recomputing and len(self.bench.openings) < self.count:
             return {"skipped": "it begins where sessions that stay were, and none were here"}
         for count, cell in self.others.items():
+            if int(count) > self.count:
+                continue
             if "broke" in cell:
                 return {"broke": f"it broke at {count}"}
             needed = cell.get("busy", 0.0) * self.count / int(count)

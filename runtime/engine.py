@@ -86,7 +86,8 @@ class Engine:
 
     def __post_init__(self) -> None:
         self.lock = EngineLock(self.device)
-        self.pool = HostPool(self.options.pinned_bytes, pinned=self.device.type == "cuda")
+        cuda = self.device.type == "cuda"
+        self.pool = HostPool(self.options.pinned_bytes, pinned=cuda, ahead=cuda)
         self.transfer = Transfer(self.arena, self.pool)
         self.tiers = Tiers(self, Disk(self.options.disk_bytes, self.options.spill_dir))
         self._stages = Stages(Recorder(self.device), self.arena.env) if self.options.static else None

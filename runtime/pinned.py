@@ -3,6 +3,9 @@
 torch's allocator of pinned memory rounds sizes up to powers of two and keeps what it once had. Here slabs are made when
 needed, blocks are cut from them first-fit, and a block goes back when nobody refers to its tensor any more *and* the
 last copy that touches it is through.
+
+To pin memory takes tens of milliseconds a slab, and whoever needs the slab waits for it. A pool that looks ahead has a
+thread pin the next one while there is still room in the last.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import mmap
 import threading
 import weakref
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,7 +58,8 @@ class _Slab:
             self.memory = np.empty(nbytes, dtype=np.uint8)
             return
         # Registered rather than allocated by CUDA: the size is exact, and the system has it back at once when it goes.
-        self.memory = np.frombuffer(mmap.mmap(-1, nbytes), dtype=np.uint8)
+        self.memory = np.frombuffer(_pages(nbytes), dtype=np.uint8)
+        self.memory[::PAGE] = 0  # the pages come now, not while CUDA holds up everybody else
         place = self.memory.ctypes.data
         refused = int(torch.cuda.cudart().cudaHostRegister(place, nbytes, 0))
         if refused:
@@ -113,11 +118,15 @@ class HostPool:
         pinned: whether the memory is pinned for a GPU, else it is ordinary memory.
         slab: bytes of a slab.
         growing: whether a slab for one longer block has room for it to grow.
+        ahead: whether the next slab is made by a thread before it is needed.
     """
 
-    def __init__(self, limit: int, *, pinned: bool, slab: int = SLAB, growing: bool = True) -> None:
-        self.limit, self._pinned, self._slab, self._growing = limit, pinned, slab, growing
+    def __init__(
+        self, limit: int, *, pinned: bool, slab: int = SLAB, growing: bool = True, ahead: bool = False
+    ) -> None:
+        self.limit, self._pinned, self._slab, self._growing, self._ahead = limit, pinned, slab, growing, ahead
         self._slabs: list[_Slab] = []
+        self._coming: threading.Thread | None = None
         self._lock = threading.Lock()
         # Dropped blocks. Only appended to by the collector, which may run anywhere, inside our own lock too.
         self._dropped: deque[_Lease] = deque()
@@ -137,26 +146,69 @@ class HostPool:
     def take(self, nbytes: int) -> Block:
         """A block of ``nbytes``, its contents undefined.
 
-        It waits for the device only where memory would run out else, for copies of blocks already dropped.
+        It waits for the device only where memory would run out else, for copies of blocks already dropped; and for a
+        slab, if none has room and none was made ahead.
 
         Raises:
             CapacityError: the bound would be passed, or the system has no more memory to pin.
         """
         size = max(ALIGNMENT, _up(nbytes, ALIGNMENT))
-        with self._lock:
-            self._reap()
-            lease = self._find(size) or self._grow(size) or self._scrape(size)
-            if lease is None:
-                taken = self.capacity - sum(length for slab in self._slabs for _, length in slab.free)
-                raise CapacityError(
-                    f"a checkpoint or an offloaded session needs {nbytes} bytes of host memory in one piece, and "
-                    f"{taken} of pinned_bytes={self.limit} are taken. Drop checkpoints that are not needed (save() "
-                    "them first), close an offloaded session, or compile with a larger pinned_bytes."
-                )
-            memory = lease.slab.memory[lease.offset : lease.offset + nbytes]
+        lease = None
+        while lease is None:
+            with self._lock:
+                self._reap()
+                lease, coming = self._find(size), self._coming
+                if lease is None and coming is None:
+                    lease = self._made_room(size, nbytes)
+                if lease is not None:
+                    self._look_ahead(size)
+                    break
+            assert coming is not None
+            coming.join()
+        memory = lease.slab.memory[lease.offset : lease.offset + nbytes]
         weakref.finalize(memory, self._dropped.append, lease).atexit = False
         with outside_inference():
             return Block(torch.from_numpy(memory), lease)
+
+    def _made_room(self, size: int, nbytes: int) -> _Lease:
+        """A block that room was made for, by another slab or by waiting for copies."""
+        lease = self._grow(size) or self._scrape(size)
+        if lease is None:
+            taken = self.capacity - sum(length for slab in self._slabs for _, length in slab.free)
+            raise CapacityError(
+                f"a checkpoint or an offloaded session needs {nbytes} bytes of host memory in one piece, and "
+                f"{taken} of pinned_bytes={self.limit} are taken. Drop checkpoints that are not needed (save() "
+                "them first), close an offloaded session, or compile with a larger pinned_bytes."
+            )
+        return lease
+
+    def _look_ahead(self, size: int) -> None:
+        """Have the next slab made, if what is free may not do for one more block like the last."""
+        wanted = self._next_slab(size)
+        if not self._ahead or self._coming is not None or not wanted:
+            return
+        if max((length for slab in self._slabs for _, length in slab.free), default=0) < size:
+            thread = threading.Thread(target=self._make_ahead, args=(wanted,), name="djinn-pinning")
+            with suppress(RuntimeError):  # no thread can be had: then nothing is made ahead
+                thread.start()
+                self._coming = thread
+
+    def _make_ahead(self, nbytes: int) -> None:
+        slab = None
+        try:
+            slab = _Slab(nbytes, self._pinned)
+        except (MemoryError, OSError, RuntimeError, CapacityError):
+            self._ahead = False  # whoever needs it tries himself, and is told why it cannot be had
+        with self._lock:
+            self._slabs += [slab] if slab is not None else []
+            self._coming = None
+
+    def _next_slab(self, size: int) -> int:
+        """Bytes of the next slab for a block of ``size``; 0 if the bound allows none."""
+        room = self.limit - self.capacity
+        longer = size // SLACK if self._growing else 0
+        wanted = self._slab if size <= self._slab else _up(size + longer, PAGE)
+        return min(wanted, room) if size <= room else 0
 
     def _find(self, size: int) -> _Lease | None:
         for slab in self._slabs:
@@ -167,12 +219,9 @@ class HostPool:
 
     def _grow(self, size: int) -> _Lease | None:
         """A block of a new slab, if the bound allows one."""
-        room = self.limit - self.capacity
-        if size > room:
+        nbytes = self._next_slab(size)
+        if not nbytes:
             return None
-        longer = size // SLACK if self._growing else 0
-        wanted = self._slab if size <= self._slab else _up(size + longer, PAGE)
-        nbytes = min(wanted, room)
         try:
             self._slabs.append(_Slab(nbytes, self._pinned))
         except (MemoryError, OSError, RuntimeError) as error:
@@ -209,6 +258,15 @@ class HostPool:
 def ordinary(nbytes: int) -> HostPool:
     """Host memory for one block, not pinned and beyond every budget."""
     return HostPool(nbytes + (1 << 16), pinned=False, slab=nbytes, growing=False)
+
+
+def _pages(nbytes: int) -> mmap.mmap:
+    """Memory of the system's, in large pages where it has them: there are fewer to pin."""
+    memory = mmap.mmap(-1, nbytes)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
 
 
 def _up(nbytes: int, step: int) -> int:

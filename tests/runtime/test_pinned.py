@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from typing import Any, cast
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 import djinn_fx as djinn
+from djinn_fx.runtime import pinned
 from djinn_fx.runtime.pinned import ALIGNMENT, SLACK, Block, HostPool
 
 SLAB, LIMIT = 8192, 40000
@@ -175,3 +177,55 @@ def test_pinned_slabs() -> None:
     assert torch.equal(block.tensor, source.cpu())
     large = pool.take(100 << 20)
     assert large.tensor.is_pinned() and pool.capacity == (64 << 20) + (100 << 20) * 9 // 8
+
+
+class Slow(pinned._Slab):
+    """A slab that is long in the making, or cannot be made."""
+
+    may, failing, made = threading.Event(), False, 0
+
+    def __init__(self, nbytes: int, pin: bool) -> None:
+        if threading.current_thread().name == "djinn-pinning":
+            assert Slow.may.wait(20)
+            if Slow.failing:
+                raise OSError("no")
+        Slow.made += 1
+        super().__init__(nbytes, pin)
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> type[Slow]:
+    monkeypatch.setattr(pinned, "_Slab", Slow)
+    Slow.may, Slow.failing, Slow.made = threading.Event(), False, 0
+    return Slow
+
+
+def test_nobody_waits_for_a_slab_that_is_made_ahead(slow: type[Slow]) -> None:
+    pool = HostPool(2 * SLAB, pinned=False, slab=SLAB, ahead=True)
+    first = pool.take(SLAB * 2 // 3)  # what is left is less: the next slab begins to be made
+    assert slow.made == 1 and pool._coming is not None
+    small = pool.take(256)
+    assert slow.made == 1 and pool.capacity == SLAB
+    slow.may.set()
+    pool._coming.join()
+    second = pool.take(SLAB * 2 // 3)
+    assert slow.made == 2 and pool.capacity == 2 * SLAB and pool._coming is None  # the bound allows no third
+    with pytest.raises(djinn.CapacityError, match="pinned_bytes"):
+        pool.take(SLAB)
+    del first, small, second
+
+
+def test_who_needs_the_slab_that_is_coming_waits_for_it(slow: type[Slow]) -> None:
+    pool = HostPool(2 * SLAB, pinned=False, slab=SLAB, ahead=True)
+    held = [pool.take(SLAB * 2 // 3)]
+    threading.Timer(0.05, slow.may.set).start()
+    held.append(pool.take(SLAB * 2 // 3))
+    assert slow.made == 2 and pool.capacity == 2 * SLAB
+
+
+def test_a_slab_that_cannot_be_made_ahead_is_made_when_it_is_needed(slow: type[Slow]) -> None:
+    pool = HostPool(4 * SLAB, pinned=False, slab=SLAB, ahead=True)
+    slow.failing = True
+    slow.may.set()
+    held = [pool.take(SLAB * 2 // 3) for _ in range(3)]
+    assert slow.made == 3 and pool._coming is None and len(held) == 3
