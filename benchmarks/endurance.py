@@ -26,6 +26,9 @@ from djinn_fx.benchmarks.registry import Benchmark, main
 
 MIB = 1 << 20
 
+#: Seconds in which a slab that is made ahead of need is done.
+SETTLING = 0.2
+
 #: Bytes by which a level may be higher at the end than after the first tenth. Allocators take segments and slabs as a
 #: whole, and how many copies are in flight at a time is a matter of chance; a leak of 4 KiB a cycle is more than this.
 #: What the whole device has in use is shown, but other processes have their part in it.
@@ -76,6 +79,7 @@ class Bench:
         device = self.loaded.device
         gc.collect()
         clock.synchronize(device)
+        time.sleep(SETTLING)
         memory = self.dj.memory()
         found = {name: memory[name] for name in ("pinned_used", "pinned_capacity")}
         if device.type == "cuda":

@@ -36,8 +36,9 @@ def _growth(part: Json) -> Table:
         verdict = ["-", "-"]
         if part["grew"] is not None and kind in part["grew"]:
             grown = part["grew"][kind]
-            verdict = [f"{grown:+,} bytes", yes(grown <= part["allowed"][kind])]
-        rows.append([what, *levels, *verdict, mebibytes(part["allowed"][kind])])
+            verdict = [f"{grown:+,} bytes", yes(grown <= part["allowed"][kind]) if kind in part["allowed"] else "-"]
+        allowed = mebibytes(part["allowed"][kind]) if kind in part["allowed"] else "-"
+        rows.append([what, *levels, *verdict, allowed])
     heads = ["level", "before", f"after {part['settled_at']:,}", f"after {part['done']:,}"]
     note = f"{part['done']:,} of {part['asked']:,} done, {number(part['ms_each'])} ms each."
     if "cut" in part:

@@ -127,21 +127,25 @@ class HostPool:
         self.limit, self._pinned, self._slab, self._growing, self._ahead = limit, pinned, slab, growing, ahead
         self._slabs: list[_Slab] = []
         self._coming: threading.Thread | None = None
+        self._promised = 0  # bytes of the slab that is coming
         self._lock = threading.Lock()
         # Dropped blocks. Only appended to by the collector, which may run anywhere, inside our own lock too.
         self._dropped: deque[_Lease] = deque()
 
     @property
     def capacity(self) -> int:
-        """Bytes of all slabs."""
-        return sum(slab.nbytes for slab in self._slabs)
+        """Bytes of all slabs, one in the making included."""
+        return sum(slab.nbytes for slab in self._slabs) + self._promised
 
     @property
     def used(self) -> int:
         """Bytes of all blocks that are held, or whose last copy is still under way."""
         with self._lock:
             self._reap()
-            return self.capacity - sum(size for slab in self._slabs for _, size in slab.free)
+            return self._taken()
+
+    def _taken(self) -> int:
+        return sum(slab.nbytes - sum(size for _, size in slab.free) for slab in self._slabs)
 
     def take(self, nbytes: int) -> Block:
         """A block of ``nbytes``, its contents undefined.
@@ -174,10 +178,9 @@ class HostPool:
         """A block that room was made for, by another slab or by waiting for copies."""
         lease = self._grow(size) or self._scrape(size)
         if lease is None:
-            taken = self.capacity - sum(length for slab in self._slabs for _, length in slab.free)
             raise CapacityError(
                 f"a checkpoint or an offloaded session needs {nbytes} bytes of host memory in one piece, and "
-                f"{taken} of pinned_bytes={self.limit} are taken. Drop checkpoints that are not needed (save() "
+                f"{self._taken()} of pinned_bytes={self.limit} are taken. Drop checkpoints that are not needed (save() "
                 "them first), close an offloaded session, or compile with a larger pinned_bytes."
             )
         return lease
@@ -187,11 +190,13 @@ class HostPool:
         wanted = self._next_slab(size)
         if not self._ahead or self._coming is not None or not wanted:
             return
-        if max((length for slab in self._slabs for _, length in slab.free), default=0) < size:
+        free = [length for slab in self._slabs for _, length in slab.free]
+        soon = [lease.size for lease in tuple(self._dropped)]  # as soon as their copies are through
+        if max(free + soon, default=0) < size:
             thread = threading.Thread(target=self._make_ahead, args=(wanted,), name="djinn-pinning")
             with suppress(RuntimeError):  # no thread can be had: then nothing is made ahead
                 thread.start()
-                self._coming = thread
+                self._coming, self._promised = thread, wanted
 
     def _make_ahead(self, nbytes: int) -> None:
         slab = None
@@ -201,7 +206,7 @@ class HostPool:
             self._ahead = False  # whoever needs it tries himself, and is told why it cannot be had
         with self._lock:
             self._slabs += [slab] if slab is not None else []
-            self._coming = None
+            self._coming, self._promised = None, 0
 
     def _next_slab(self, size: int) -> int:
         """Bytes of the next slab for a block of ``size``; 0 if the bound allows none."""

@@ -205,7 +205,7 @@ def test_nobody_waits_for_a_slab_that_is_made_ahead(slow: type[Slow]) -> None:
     first = pool.take(SLAB * 2 // 3)  # what is left is less: the next slab begins to be made
     assert slow.made == 1 and pool._coming is not None
     small = pool.take(256)
-    assert slow.made == 1 and pool.capacity == SLAB
+    assert slow.made == 1 and pool.capacity == 2 * SLAB  # the one that is coming counts
     slow.may.set()
     pool._coming.join()
     second = pool.take(SLAB * 2 // 3)
@@ -229,3 +229,17 @@ def test_a_slab_that_cannot_be_made_ahead_is_made_when_it_is_needed(slow: type[S
     slow.may.set()
     held = [pool.take(SLAB * 2 // 3) for _ in range(3)]
     assert slow.made == 3 and pool._coming is None and len(held) == 3
+
+
+def test_what_is_given_back_soon_is_not_made_anew(slow: type[Slow]) -> None:
+    pool = HostPool(8 * SLAB, pinned=False, slab=SLAB, ahead=True)
+    slow.may.set()
+    for _ in range(20):  # each is dropped while a copy still touches it
+        block = pool.take(SLAB * 2 // 3)
+        event = busy(block)
+        del block
+        gc.collect()
+        if pool._coming is not None:
+            pool._coming.join()
+        event.passed = True
+    assert pool.capacity == 2 * SLAB
