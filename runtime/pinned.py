@@ -190,13 +190,22 @@ class HostPool:
         wanted = self._next_slab(size)
         if not self._ahead or self._coming is not None or not wanted:
             return
-        free = [length for slab in self._slabs for _, length in slab.free]
-        soon = [lease.size for lease in tuple(self._dropped)]  # as soon as their copies are through
-        if max(free + soon, default=0) < size:
+        if self._longest() < size:
             thread = threading.Thread(target=self._make_ahead, args=(wanted,), name="djinn-pinning")
             with suppress(RuntimeError):  # no thread can be had: then nothing is made ahead
                 thread.start()
                 self._coming, self._promised = thread, wanted
+
+    def _longest(self) -> int:
+        """Bytes of the longest free stretch there is, or will be when the copies of dropped blocks are through."""
+        dropped, longest = tuple(self._dropped), 0
+        for slab in self._slabs:
+            soon = [(lease.offset, lease.size) for lease in dropped if lease.slab is slab]
+            begun = end = -1
+            for offset, length in sorted(slab.free + soon):
+                begun, end = (begun if offset == end else offset), offset + length
+                longest = max(longest, end - begun)
+        return longest
 
     def _make_ahead(self, nbytes: int) -> None:
         slab = None

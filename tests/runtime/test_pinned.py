@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import random
 import threading
 from typing import Any, cast
 
@@ -229,6 +230,27 @@ def test_a_slab_that_cannot_be_made_ahead_is_made_when_it_is_needed(slow: type[S
     slow.may.set()
     held = [pool.take(SLAB * 2 // 3) for _ in range(3)]
     assert slow.made == 3 and pool._coming is None and len(held) == 3
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_one_holder_whose_blocks_grow_needs_little_more_than_without(seed: int) -> None:
+    chance = random.Random(seed)
+    pools = [HostPool(64 * SLAB, pinned=False, slab=SLAB, ahead=ahead) for ahead in (False, True)]
+    flying: list[list[Event]] = [[], []]
+    for step in range(600):
+        size = 256 + 16 * (step % 300)
+        late = chance.randrange(3)  # so many copies are not through yet
+        for pool, events in zip(pools, flying, strict=True):
+            for event in events[: len(events) - late]:
+                event.passed = True
+            block = pool.take(size)
+            events.append(busy(block))
+            del block
+            gc.collect(0)
+            if pool._coming is not None:
+                pool._coming.join()
+    plain, ahead = (pool.capacity for pool in pools)
+    assert ahead <= plain + SLAB
 
 
 def test_what_is_given_back_soon_is_not_made_anew(slow: type[Slow]) -> None:
