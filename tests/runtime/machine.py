@@ -6,6 +6,7 @@ import itertools
 import os
 import tempfile
 import time
+import unittest
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -15,7 +16,6 @@ from typing import Any, ClassVar, TypeVar
 
 import pytest
 import torch
-from hypothesis import assume
 from hypothesis.stateful import RuleBasedStateMachine, precondition
 
 import djinn_fx as djinn
@@ -68,6 +68,10 @@ def has_run(live: Live) -> bool:
     return live.session.run is not None and live.session.run.finish_reason != "closed"
 
 
+class TimeUpError(unittest.SkipTest):
+    """The time for examples is over; Hypothesis ends at once, perhaps saying that this one drew less than another."""
+
+
 class Stage(RuleBasedStateMachine):
     """Open sessions and their shadows; every act goes through :meth:`acting` or :meth:`refused`."""
 
@@ -75,7 +79,8 @@ class Stage(RuleBasedStateMachine):
     seen: ClassVar[Counter[str]]
 
     def __init__(self) -> None:
-        assume(time.monotonic() - BEGAN < SECONDS)
+        if time.monotonic() - BEGAN > SECONDS:
+            raise TimeUpError("the time for examples is over")
         super().__init__()
         # Threads that wait for each other cost more than tensors of this size, by far where others work beside.
         self.threads = torch.get_num_threads()
