@@ -95,14 +95,17 @@ def _suits(shape: ProgramShape, waiting: Sequence[Run], engine: Engine) -> bool:
 def _seat(launch: Launch, run: Run) -> Seat | None:
     """The seat of a quiet run in a launch that runs just its next step."""
     session = run.session
-    seat = run.seat = launch.seat_of(session.row)
+    seat = launch.seat_of(session.row)
     if seat is None or not quiet(run):
         return None
     step, place = seat.row.step, session.length
     same = step.steering[-1][1] is session.steering and len(step.steering) == 1 and not step.injections
     if not same or seat.start(launch.number) != place or step.last_prompt != planner.last_prompt(run):
         return None
-    return seat if launch.fed(seat) == session.token_list[place] else None
+    if launch.fed(seat) != session.token_list[place]:
+        return None
+    run.seat = seat
+    return seat
 
 
 def _goes_on(launch: Launch, run: Run, seat: Seat) -> bool:
