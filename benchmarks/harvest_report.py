@@ -12,6 +12,9 @@ ARMS = {
     "hooks, ended": "the same, ended by an exception behind the last layer",
 }
 
+#: The same, on the bars of the picture.
+BARS = {"djinn_fx": "djinn_fx", "hooks": "forward hooks", "hooks, ended": "forward hooks, ended early"}
+
 
 def tables(record: Record) -> list[Table]:
     """A table for each choice of layers."""
@@ -24,10 +27,10 @@ def pictures(record: Record) -> list[Picture]:
     for case, entry in record.results["cases"].items():
         for arm, cell in entry.get("arms", {}).items():
             if missing(cell) is None:
-                series.setdefault(arm, []).append((case, cell["tokens_per_second"]))
+                series.setdefault(arm, []).append((f"{BARS[arm]}\n{case}", cell["tokens_per_second"]))
     if not series:
         return []
-    return [Picture("harvest", "Harvesting activations", "bars", series, y="tokens per second")]
+    return [Picture("harvest", "Harvesting activations", "bars", series, x="tokens per second")]
 
 
 def _table(sizes: Json, case: str, entry: Json) -> Table:
