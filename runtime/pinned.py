@@ -191,7 +191,8 @@ class HostPool:
         if not self._ahead or self._coming is not None or not wanted:
             return
         if self._longest() < size:
-            thread = threading.Thread(target=self._make_ahead, args=(wanted,), name="djinn-pinning")
+            device = torch.cuda.current_device() if self._pinned else None
+            thread = threading.Thread(target=self._make_ahead, args=(wanted, device), name="djinn-pinning")
             with suppress(RuntimeError):  # no thread can be had: then nothing is made ahead
                 thread.start()
                 self._coming, self._promised = thread, wanted
@@ -207,15 +208,19 @@ class HostPool:
                 longest = max(longest, end - begun)
         return longest
 
-    def _make_ahead(self, nbytes: int) -> None:
+    def _make_ahead(self, nbytes: int, device: int | None) -> None:
+        """Make a slab; ``device`` is the one that whoever wanted it was on, for a thread begins on the first."""
         slab = None
         try:
+            if device is not None:
+                torch.cuda.set_device(device)
             slab = _Slab(nbytes, self._pinned)
-        except (MemoryError, OSError, RuntimeError, CapacityError):
-            self._ahead = False  # whoever needs it tries himself, and is told why it cannot be had
-        with self._lock:
-            self._slabs += [slab] if slab is not None else []
-            self._coming, self._promised = None, 0
+        except Exception:  # whatever it is: whoever needs the slab tries himself, and is told
+            self._ahead = False
+        finally:  # or those who wait for it would wait for ever
+            with self._lock:
+                self._slabs += [slab] if slab is not None else []
+                self._coming, self._promised = None, 0
 
     def _next_slab(self, size: int) -> int:
         """Bytes of the next slab for a block of ``size``; 0 if the bound allows none."""

@@ -183,13 +183,14 @@ def test_pinned_slabs() -> None:
 class Slow(pinned._Slab):
     """A slab that is long in the making, or cannot be made."""
 
-    may, failing, made = threading.Event(), False, 0
+    may, made = threading.Event(), 0
+    failing: type[Exception] | None = None
 
     def __init__(self, nbytes: int, pin: bool) -> None:
         if threading.current_thread().name == "djinn-pinning":
             assert Slow.may.wait(20)
-            if Slow.failing:
-                raise OSError("no")
+            if Slow.failing is not None:
+                raise Slow.failing("no")
         Slow.made += 1
         super().__init__(nbytes, pin)
 
@@ -197,7 +198,7 @@ class Slow(pinned._Slab):
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> type[Slow]:
     monkeypatch.setattr(pinned, "_Slab", Slow)
-    Slow.may, Slow.failing, Slow.made = threading.Event(), False, 0
+    Slow.may, Slow.failing, Slow.made = threading.Event(), None, 0
     return Slow
 
 
@@ -224,9 +225,10 @@ def test_who_needs_the_slab_that_is_coming_waits_for_it(slow: type[Slow]) -> Non
     assert slow.made == 2 and pool.capacity == 2 * SLAB
 
 
-def test_a_slab_that_cannot_be_made_ahead_is_made_when_it_is_needed(slow: type[Slow]) -> None:
+@pytest.mark.parametrize("error", [OSError, ValueError])
+def test_a_slab_that_cannot_be_made_ahead_is_made_when_it_is_needed(slow: type[Slow], error: type[Exception]) -> None:
     pool = HostPool(4 * SLAB, pinned=False, slab=SLAB, ahead=True)
-    slow.failing = True
+    slow.failing = error
     slow.may.set()
     held = [pool.take(SLAB * 2 // 3) for _ in range(3)]
     assert slow.made == 3 and pool._coming is None and len(held) == 3
