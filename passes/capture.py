@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from djinn_fx.errors import CaptureError
 from djinn_fx.passes import hf
 from djinn_fx.passes.context import PassContext
-from djinn_fx.passes.graph import ENV, MODULE, NAMES, ORIGIN, REBUILD, WEIGHT, compute_nodes, placeholders
+from djinn_fx.passes.graph import ENV, MODULE, NAMES, ORIGIN, REBUILD, WEIGHT, compute_nodes, placeholders, unwritten
 from djinn_fx.passes.inline import flatten_graph
 from djinn_fx.passes.marks import marking
 from djinn_fx.passes.source import Inputs, Source, flatten_inputs
@@ -127,6 +127,7 @@ def _export(module: nn.Module, clone: nn.Module, args: tuple[Any, ...], kwargs: 
             stack.enter_context(torch.autocast(device, enabled=False))
         try:
             stack.enter_context(_without_stack_traces())
+            stack.enter_context(unwritten())
             stack.enter_context(marking(clone))
             return torch.export.export(module, args, kwargs, strict=False)
         except Exception as error:

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx._lazy_graph_module import _LazyGraphModule
+from torch.fx._lazy_graph_module import _LazyGraphModule, _use_lazy_graph_module
 
 ORIGIN = "djinn_origin"
 ENV = "djinn_env"
@@ -210,6 +211,14 @@ def lazy_module(graph: fx.Graph, root: torch.nn.Module | None = None) -> fx.Grap
         root: holds the submodules that it calls.
     """
     return _LazyGraphModule(root if root is not None else torch.nn.Module(), graph)
+
+
+def unwritten() -> AbstractContextManager[None]:
+    """While it is entered, torch too makes the Python code of a traced graph when it is first called.
+
+    An export writes and compiles that code after every pass of its own, five times, and nobody calls it.
+    """
+    return _use_lazy_graph_module(True)
 
 
 def ready(gm: fx.GraphModule) -> fx.GraphModule:
