@@ -316,15 +316,15 @@ class Engine:
 
     def rewind(self, run: Run, position: int, site: Site) -> Stop:
         """See :meth:`Run.rewind`."""
+        run.require_alive()  # another thread may have closed it meanwhile: its row is somebody else's then
         run.require_still()
         if run.session.run is not run:
             raise StaleStop("cannot rewind: the session has a newer run; rewind that one.")
         return moves.rewind(self, run, run.step_index(position), site)
 
-    def fork(self, run: Run, n: int, seeds: Sequence[int] | None) -> list[Stop]:
+    def fork(self, stop: Stop, n: int, seeds: Sequence[int] | None) -> list[Stop]:
         """See :meth:`Stop.fork`."""
-        run.require_still()
-        return moves.fork(self, run, n, seeds)
+        return moves.fork(self, stop, n, seeds)
 
     def recompute(self, session: Session, armed: Armed) -> None:
         """Run a session again as if an edit had always acted."""

@@ -59,10 +59,11 @@ def _drawn_first(run: Run) -> int:
     return int(bool(run.records) and not run.records[0].stepped)
 
 
-def fork(engine: Engine, run: Run, n: int, seeds: Sequence[int] | None) -> list[Stop]:
+def fork(engine: Engine, stop: Stop, n: int, seeds: Sequence[int] | None) -> list[Stop]:
     """Copy a stopped session ``n`` times, all or none; each copy stands at the same place."""
-    session, stop = run.session, run.stop
-    assert stop is not None
+    run, session = stop.run, stop.session
+    run.require_still()
+    stop.require_current("fork")
     value = stop.checked_value()
     engine.bring_back(session)
     engine.tiers.make_room(n, (session,))

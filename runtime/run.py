@@ -19,7 +19,7 @@ from djinn_fx.runtime.captured import joined
 from djinn_fx.runtime.claims import claimed, quiet
 from djinn_fx.runtime.flight import Flight
 from djinn_fx.runtime.results import Cache, Result, StepRecord
-from djinn_fx.runtime.sampling import SamplingSpec, checked_seed
+from djinn_fx.runtime.sampling import SamplingSpec
 from djinn_fx.sites import Site, require_compiled
 from djinn_fx.views import View
 
@@ -295,14 +295,6 @@ class Run(Shown):
             f"rewind(position={position}): this run covers positions {self.begin} to "
             f"{reached - 1} so far; positions are absolute and 0-based."
         )
-
-    def fork(self, n: int, seeds: Sequence[int] | None) -> list[Stop]:
-        """See :meth:`Stop.fork`."""
-        if n < 1 or (seeds is not None and len(seeds) != n):
-            raise InvalidValue(f"fork(n={n}, seeds={seeds!r}): n must be 1 or more, with n seeds.")
-        seeds = None if seeds is None else [checked_seed(seed) for seed in seeds]
-        engine = self.session.engine
-        return engine.tiers.roomy(partial(engine.fork, self, n, seeds))
 
     def twin(self, session: Session) -> Run:
         """A copy of this run for a fork of its session: no breakpoints, no callbacks."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,6 +11,8 @@ import torch
 from djinn_fx.errors import InvalidValue, StaleStop
 from djinn_fx.notebook import Shown
 from djinn_fx.runtime import showing
+from djinn_fx.runtime.claims import claimed
+from djinn_fx.runtime.sampling import checked_seed
 from djinn_fx.sites import Site
 from djinn_fx.views import View
 
@@ -183,10 +186,11 @@ class Stop(Shown):
             StaleStop: the run went on from here.
             InvalidValue: a negative number of tokens.
         """
-        self.require_current("step")
         if tokens < 0:
             raise InvalidValue(f"stop.step(tokens={tokens}): give 1 or more, or nothing.")
-        return self._run.step_to_next() if tokens == 0 else self._run.step_tokens(self._site, tokens)
+        with claimed([self._run]):  # so that it is still here when the step begins
+            self.require_current("step")
+            return self._run.step_to_next() if tokens == 0 else self._run.step_tokens(self._site, tokens)
 
     def fork(self, n: int = 1, seeds: Sequence[int] | None = None) -> list[Stop]:
         """Make ``n`` new sessions stopped at this same place, KV copied on the device.
@@ -200,7 +204,11 @@ class Stop(Shown):
             InvalidValue: ``n`` below 1 or ``seeds`` of another length.
         """
         self.require_current("fork")
-        return self._run.fork(n, seeds)
+        if n < 1 or (seeds is not None and len(seeds) != n):
+            raise InvalidValue(f"fork(n={n}, seeds={seeds!r}): n must be 1 or more, with n seeds.")
+        seeds = None if seeds is None else [checked_seed(seed) for seed in seeds]
+        engine = self.session.engine
+        return engine.tiers.roomy(partial(engine.fork, self, n, seeds))
 
     def checkpoint(self) -> Checkpoint:
         """Checkpoint the session here; the same as ``stop.session.checkpoint()``."""

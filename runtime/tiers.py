@@ -21,7 +21,7 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from djinn_fx.errors import CapacityError, CheckpointError
+from djinn_fx.errors import CapacityError, CheckpointError, SessionClosed
 from djinn_fx.runtime.alarm import AlarmClock
 from djinn_fx.runtime.disk import Disk, Filed
 from djinn_fx.runtime.line import Crowded, Line
@@ -117,9 +117,12 @@ class Tiers:
 
         Raises:
             CapacityError: too few rows can be had, or what is in them finds no place.
+            SessionClosed: the model was closed.
             Waiting: the disk.
         """
         arena = self._engine.arena
+        if self._engine.closed:  # while the caller waited for the disk, or for a row
+            raise SessionClosed("this compiled model was closed; compile it again.")
         self._settle()
         found, driven = self._movable(keep, ahead)
         missing = count - arena.free_rows - len(found)
