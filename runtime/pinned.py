@@ -199,7 +199,7 @@ class HostPool:
 
     def _longest(self) -> int:
         """Bytes of the longest free stretch there is, or will be when the copies of dropped blocks are through."""
-        dropped, longest = tuple(self._dropped), 0
+        dropped, longest = self._waiting(), 0
         for slab in self._slabs:
             soon = [(lease.offset, lease.size) for lease in dropped if lease.slab is slab]
             begun = end = -1
@@ -254,7 +254,7 @@ class HostPool:
 
     def _scrape(self, size: int) -> _Lease | None:
         """The last resort: wait for copies of dropped blocks, then give slabs back for one that is long enough."""
-        for lease in tuple(self._dropped):
+        for lease in self._waiting():
             if lease.until is not None:
                 lease.until.synchronize()
         self._reap()
@@ -263,6 +263,10 @@ class HostPool:
             self._slabs = [slab for slab in self._slabs if not slab.whole]
             found = self._grow(size)
         return found
+
+    def _waiting(self) -> list[_Lease]:
+        """What was dropped and is still touched; one by one, since a deque that grows cannot be iterated over."""
+        return [self._dropped[index] for index in range(len(self._dropped))]
 
     def _reap(self) -> None:
         """Make free what was dropped and is no longer touched; the caller holds the lock."""

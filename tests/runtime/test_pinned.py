@@ -267,3 +267,24 @@ def test_what_is_given_back_soon_is_not_made_anew(slow: type[Slow]) -> None:
             pool._coming.join()
         event.passed = True
     assert pool.capacity == 2 * SLAB
+
+
+@pytest.mark.parametrize("late", range(8))
+def test_blocks_may_be_collected_at_any_moment(late: int) -> None:
+    """The collector may run while the pool looks at what was dropped, and drop more."""
+    pool = HostPool(1 << 20, pinned=False, slab=SLAB, ahead=True)
+    kept = [pool.take(SLAB // 4) for _ in range(40)]
+    events = [busy(block) for block in kept]
+    kept.clear()
+    gc.collect()
+    for _ in range(20):
+        ring: list[Any] = [pool.take(256)]
+        ring.append(ring)  # only the collector frees it
+        del ring
+        allowed = gc.get_threshold()
+        gc.set_threshold(gc.get_count()[0] + 1 + late, *allowed[1:])
+        try:
+            pool._longest()
+        finally:
+            gc.set_threshold(*allowed)
+    assert len(events) == 40 and pool.used
