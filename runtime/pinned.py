@@ -105,8 +105,16 @@ class Block:
     def __init__(self, tensor: torch.Tensor, lease: _Lease) -> None:
         self.tensor, self._lease = tensor, lease
 
+    @property
+    def busy(self) -> torch.cuda.Event | None:
+        """Passes when the last copy that touches it is through; None: none was begun."""
+        return self._lease.until
+
     def busy_until(self, event: torch.cuda.Event) -> None:
-        """Nobody else may have this memory before ``event`` has passed, even if it is dropped."""
+        """Nobody else may have this memory before ``event`` has passed, even if it is dropped.
+
+        It takes the place of :attr:`busy`, so it must not pass before that.
+        """
         self._lease.until = event
 
 

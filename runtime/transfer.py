@@ -194,8 +194,8 @@ class Transfer:
                 packer.unpack(memory, row, piece)
             return
         stream, compute, staging = self._ready()
-        if parked.arrived is not None:
-            stream.wait_event(parked.arrived)  # another model's stream may have sent it
+        if parked.block.busy is not None:
+            stream.wait_event(parked.block.busy)  # another model's stream may have sent it, or be reading it too
         with _current(stream, compute):
             for piece in packer.pieces(parked.length, staging.numel()):
                 there = memory[piece.offset : piece.offset + piece.nbytes]

@@ -230,3 +230,23 @@ def test_pinned_memory_that_runs_out_leaves_everyone_usable() -> None:
     assert_same(finish(run), finish(twin))
     close_all(dj)
     dj.close()
+
+
+def test_two_models_read_one_checkpoint_in_turn() -> None:
+    """Its memory is free again when both are through, so the second copy comes after the first."""
+    one, other = (small_dj(make_model("llama-bf16").cuda(), backend="eager") for _ in range(2))
+    for dj in (one, other):
+        dj.warmup()
+    checkpoint = stopped(one).session.checkpoint().wait()
+    hold_up(one)
+    assert checkpoint._kv is not None
+    parked = checkpoint._kv.in_memory()
+    one.engine.transfer.receive(parked, one.engine.arena.spare_row)
+    first = parked.block.busy
+    other.engine.transfer.receive(parked, other.engine.arena.spare_row)
+    assert parked.block.busy is not None and first is not None and not first.query()
+    parked.block.busy.synchronize()
+    assert first.query()
+    for dj in (one, other):
+        close_all(dj)
+        dj.close()
