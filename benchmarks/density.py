@@ -220,6 +220,7 @@ class Cell:
             with _undisturbed():
                 server.serve(crowd)
             openings = getattr(server, "openings", bench.openings)
+            after = dict(bench.dj.memory())
             firsts, wholes = crowd.waits()
         finally:
             server.close()
@@ -234,6 +235,7 @@ class Cell:
             "unserved": crowd.unserved,
             "busy": crowd.busy_share,
             "host_bytes": before["host"],
+            "pinned_bytes": {"before": before["pinned_capacity"], "after": after["pinned_capacity"]},
         }
         if crowd.unserved:
             found["broke"] = f"{crowd.unserved} of {len(crowd.turns)} turns were not done in time"

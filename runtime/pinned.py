@@ -5,7 +5,8 @@ needed, blocks are cut from them first-fit, and a block goes back when nobody re
 last copy that touches it is through.
 
 To pin memory takes tens of milliseconds a slab, and whoever needs the slab waits for it. A pool that looks ahead has a
-thread pin the next one while there is still room in the last.
+thread pin the next one while there is still room in the last. What was dropped and is still being copied is room:
+who needs it waits for the copy, not for a slab.
 """
 
 from __future__ import annotations
@@ -47,6 +48,11 @@ class _Lease:
     def over(self) -> bool:
         """Whether no copy touches it any more."""
         return self.until is None or self.until.query()
+
+    def through(self) -> None:
+        """Wait until no copy touches it."""
+        if self.until is not None:
+            self.until.synchronize()
 
 
 class _Slab:
@@ -158,8 +164,9 @@ class HostPool:
     def take(self, nbytes: int) -> Block:
         """A block of ``nbytes``, its contents undefined.
 
-        It waits for the device only where memory would run out else, for copies of blocks already dropped; and for a
-        slab, if none has room and none was made ahead.
+        It waits where no slab has room: for copies of dropped blocks, if those make room (a copy takes less time
+        than to pin a slab, and whoever makes blocks faster than the bus carries them would fill all memory); else for
+        the slab that is being made, or that it makes.
 
         Raises:
             CapacityError: the bound would be passed, or the system has no more memory to pin.
@@ -169,14 +176,16 @@ class HostPool:
         while lease is None:
             with self._lock:
                 self._reap()
-                lease, coming = self._find(size), self._coming
-                if lease is None and coming is None:
+                lease, coming, leaving = self._find(size), self._coming, self._waiting()
+                covered = lease is None and self._places(size, leaving) > 0
+                if lease is None and coming is None and not covered:
                     lease = self._made_room(size, nbytes)
-                if lease is not None:
-                    self._look_ahead(size)
-                    break
-            assert coming is not None
-            coming.join()
+                self._look_ahead(size, leaving)
+            # Outside the lock: others take and drop meanwhile.
+            if covered:
+                leaving[0].through()
+            elif lease is None and coming is not None:
+                coming.join()
         memory = lease.slab.memory[lease.offset : lease.offset + nbytes]
         weakref.finalize(memory, self._dropped.append, lease).atexit = False
         with outside_inference():
@@ -193,28 +202,35 @@ class HostPool:
             )
         return lease
 
-    def _look_ahead(self, size: int) -> None:
-        """Have the next slab made, if what is free may not do for one more block like the last."""
+    def _look_ahead(self, size: int, leaving: list[_Lease]) -> None:
+        """Have the next slab made, if what is free may not do for one more block like the last.
+
+        One block may be free while the copy of another goes on; who has two being copied makes them faster than the bus
+        carries them, and no memory would be enough.
+        """
         wanted = self._next_slab(size)
         if not self._ahead or self._coming is not None or not wanted:
             return
-        if self._longest() < size:
-            device = torch.cuda.current_device() if self._pinned else None
-            thread = threading.Thread(target=self._make_ahead, args=(wanted, device), name="djinn-pinning")
-            with suppress(RuntimeError):  # no thread can be had: then nothing is made ahead
-                thread.start()
-                self._coming, self._promised = thread, wanted
+        if any(length >= size for slab in self._slabs for _, length in slab.free) or self._places(size, leaving) > 1:
+            return
+        device = torch.cuda.current_device() if self._pinned else None
+        thread = threading.Thread(target=self._make_ahead, args=(wanted, device), name="djinn-pinning")
+        with suppress(RuntimeError):  # no thread can be had: then nothing is made ahead
+            thread.start()
+            self._coming, self._promised = thread, wanted
 
-    def _longest(self) -> int:
-        """Bytes of the longest free stretch there is, or will be when the copies of dropped blocks are through."""
-        dropped, longest = self._waiting(), 0
+    def _places(self, size: int, leaving: list[_Lease]) -> int:
+        """How many blocks of ``size`` have room, when the copies of these dropped blocks are through."""
+        found = 0
         for slab in self._slabs:
-            soon = [(lease.offset, lease.size) for lease in dropped if lease.slab is slab]
+            soon = [(lease.offset, lease.size) for lease in leaving if lease.slab is slab]
             begun = end = -1
-            for offset, length in sorted(slab.free + soon):
-                begun, end = (begun if offset == end else offset), offset + length
-                longest = max(longest, end - begun)
-        return longest
+            for offset, length in [*sorted(slab.free + soon), (-1, 0)]:
+                if offset != end:
+                    found += (end - begun) // size
+                    begun = offset
+                end = offset + length
+        return found
 
     def _make_ahead(self, nbytes: int, device: int | None) -> None:
         """Make a slab; ``device`` is the one that whoever wanted it was on, for a thread begins on the first."""
@@ -263,8 +279,7 @@ class HostPool:
     def _scrape(self, size: int) -> _Lease | None:
         """The last resort: wait for copies of dropped blocks, then give slabs back for one that is long enough."""
         for lease in self._waiting():
-            if lease.until is not None:
-                lease.until.synchronize()
+            lease.through()
         self._reap()
         found = self._find(size)
         if found is None:
