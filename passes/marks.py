@@ -1,4 +1,8 @@
-"""Marks: ``djinn::mark`` ops, planted on a clone by hooks, that carry module paths into the graph."""
+"""Marks: ``djinn::mark`` nodes, planted by hooks on a clone, that carry module paths into the graph.
+
+A mark is written into the graph that is being traced and not called: to call an operator under torch's tracer takes a
+millisecond, and a model has hundreds of modules.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +13,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
+from torch.fx.node import has_side_effect
 
 import djinn_fx.kernels.ops  # noqa: F401 - registers djinn::mark
 
-MARK = torch.ops.djinn.mark.default
+#: Nobody uses what it gives, so torch must be told that it is not dead code.
+MARK = has_side_effect(torch.ops.djinn.mark.default)
 INPUT = ":in"
 
 
@@ -36,46 +43,37 @@ def marking(clone: nn.Module) -> Iterator[None]:
 
 
 def _before(path: str, calls: Counter[str]) -> Callable[..., Any]:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         calls[path] += 1
         name = f"{path}#{calls[path]}{INPUT}"
-        marked, found = _mark_first(args, name)
-        if not found:
-            kwargs, found = _mark_first(kwargs, name)
-        return (marked, kwargs) if found else None
+        _mark_first(args, name) or _mark_first(kwargs, name)
 
     return hook
 
 
 def _after(path: str, calls: Counter[str]) -> Callable[..., Any]:
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        marked, found = _mark_first(output, f"{path}#{calls[path]}")
-        return marked if found else None
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        _mark_first(output, f"{path}#{calls[path]}")
 
     return hook
 
 
-def _mark_first(value: Any, name: str) -> tuple[Any, bool]:
-    """Mark the first floating point tensor of a tensor, sequence or mapping; the rest is kept as it is."""
-    if isinstance(value, torch.Tensor):
-        if not value.dtype.is_floating_point:
-            return value, False
-        return MARK(value, name), True
-    if isinstance(value, (tuple, list)):
-        for index, item in enumerate(value):
-            if isinstance(item, torch.Tensor) and item.dtype.is_floating_point:
-                return _rebuilt(value, index, MARK(item, name)), True
-        return value, False
-    if isinstance(value, dict):
-        for key, item in value.items():
-            if isinstance(item, torch.Tensor) and item.dtype.is_floating_point:
-                changed = value if type(value) is not dict else dict(value)
-                changed[key] = MARK(item, name)
-                return changed, True
-    return value, False
+def _mark_first(value: Any, name: str) -> bool:
+    """Mark the first floating point tensor of a tensor, sequence or mapping; whether there is one."""
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else (value,)
+    for item in items:
+        if isinstance(item, torch.Tensor) and item.dtype.is_floating_point:
+            _mark(item, name)
+            return True
+    return False
 
 
-def _rebuilt(value: Any, index: int, item: torch.Tensor) -> Any:
-    """A copy of a sequence with one item replaced, of the same type (named tuples too)."""
-    items = [*value[:index], item, *value[index + 1 :]]
-    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+def _mark(tensor: torch.Tensor, name: str) -> None:
+    """Write a mark of a traced tensor into the graph; what is not traced is a constant, and no site."""
+    mode = get_proxy_mode()
+    assert mode is not None, "marks are planted while a model is traced"
+    traced = get_proxy_slot(tensor, mode.tracer, None)
+    if traced is not None:
+        node = traced.proxy.node
+        mark = mode.tracer.create_node("call_function", MARK, (node, name), {})
+        mark.meta["val"] = node.meta["val"]
