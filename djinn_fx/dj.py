@@ -15,7 +15,7 @@ from djinn_fx.looking import Looking
 from djinn_fx.making import Making, build_choices
 from djinn_fx.passes.context import Lower
 from djinn_fx.passes.exports import ExportCache
-from djinn_fx.passes.inductor import InductorLowering
+from djinn_fx.passes.inductor import InductorLowering, start_workers
 from djinn_fx.passes.lower import lower_eager
 from djinn_fx.passes.pipeline import CaptureStore, discover
 from djinn_fx.passes.source import Source
@@ -31,6 +31,7 @@ from djinn_fx.runtime.observe import Observer
 from djinn_fx.runtime.options import EngineOptions, Tokenizer
 from djinn_fx.runtime.programs import ProgramCache, bucket
 from djinn_fx.runtime.receipt import Receipt, ReferenceRun, make_receipt, with_agreements
+from djinn_fx.runtime.rehearsal import Rehearsal
 from djinn_fx.runtime.results import Result
 from djinn_fx.runtime.run import Run
 from djinn_fx.runtime.session import Session
@@ -62,11 +63,14 @@ class Dj(Looking, Keeping):
         weights: Weights | None = None,
     ) -> None:
         lowering: Lower = InductorLowering() if backend == "inductor" else lower_eager
+        if backend == "inductor" and source.device.type == "cuda":
+            start_workers()
+        arena = KVArena(source.kv, options.max_sessions, options.max_length, source.dtype, source.device)
+        rehearsal = Rehearsal(arena, source.attention, (1, options.prefill_chunk))
         store = CaptureStore()
         table = discover(source, store, exports)
-        arena = KVArena(source.kv, options.max_sessions, options.max_length, source.dtype, source.device)
         guard = WeightGuard(model)
-        making = Making(guard, source, store, exports, options.edit_rank, arena, weights)
+        making = Making(guard, source, store, exports, options.edit_rank, arena, weights, rehearsal)
         programs = ProgramCache(partial(making.build, lowering, pieces=backend == "inductor"))
         if backend == "inductor":
             programs.agreements = Agreements(

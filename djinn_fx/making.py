@@ -15,6 +15,7 @@ from djinn_fx.passes.source import Source
 from djinn_fx.program import Program
 from djinn_fx.runtime.arena import KVArena
 from djinn_fx.runtime.guard import WeightGuard
+from djinn_fx.runtime.rehearsal import Rehearsal
 from djinn_fx.runtime.streaming import Weights
 from djinn_fx.sites import Site
 from djinn_fx.specs import ProgramShape, Variant
@@ -32,6 +33,7 @@ class Making:
         rank: directions an edit may have.
         arena: the KV of all sessions.
         weights: copies that programs read in place of the user's; None: they read the user's.
+        rehearsal: makes kernels ready meanwhile.
     """
 
     guard: WeightGuard
@@ -41,6 +43,7 @@ class Making:
     rank: int
     arena: KVArena
     weights: Weights | None = None
+    rehearsal: Rehearsal | None = None
 
     def build(
         self, lowering: Lower, shape: ProgramShape, variant: Variant, sites: Sequence[Site], *, pieces: bool = False
@@ -63,6 +66,8 @@ class Making:
             cuts=cuts,
             grouped=decode and _has_own_products(self.source),
         )
+        if self.rehearsal is not None:
+            self.rehearsal.over()  # what is made is run next
         return made if self.weights is None else replace(made, feed=self.weights.feed(made.segments, made.weights))
 
 

@@ -41,6 +41,27 @@ class KVSpec:
 
 
 @dataclass(frozen=True)
+class AttentionSpec:
+    """What the attention of one layer is called with.
+
+    Attributes:
+        heads: query heads.
+        layouts: strides of queries, keys and values along heads, positions and width.
+        window: positions that a query sees, or None: all before it.
+        softcap: bound of the logits, or None.
+        scale: factor of the dot products.
+        sinks: dtype of the sinks, or None where there are none.
+    """
+
+    heads: int
+    layouts: tuple[tuple[int, ...], ...]
+    window: int | None
+    softcap: float | None
+    scale: float
+    sinks: torch.dtype | None = None
+
+
+@dataclass(frozen=True)
 class ValueSpec:
     """A tensor of a program's environment, described.
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import re
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -126,28 +126,11 @@ def _export(module: nn.Module, clone: nn.Module, args: tuple[Any, ...], kwargs: 
         for device in {tensor.device.type for tensor in clone.parameters()}:
             stack.enter_context(torch.autocast(device, enabled=False))
         try:
-            stack.enter_context(_without_stack_traces())
             stack.enter_context(unwritten())
             stack.enter_context(marking(clone))
             return torch.export.export(module, args, kwargs, strict=False)
         except Exception as error:
             raise _capture_error(clone, error) from error
-
-
-@contextmanager
-def _without_stack_traces() -> Iterator[None]:
-    """Leave the Python stack of every op unwritten: nobody reads it, and it takes a fifth of an export."""
-    name = "do_not_emit_stack_traces"
-    config: Any = getattr(fx, "config", None)  # neither is in every version
-    before = getattr(config, name, None)
-    if before is None:
-        yield
-        return
-    setattr(config, name, True)
-    try:
-        yield
-    finally:
-        setattr(config, name, before)
 
 
 class _GradSwitches(TorchFunctionMode):

@@ -25,6 +25,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 import djinn_fx.kernels.ops  # noqa: F401 - registers djinn::attention and djinn::kv_write
 from djinn_fx.errors import CaptureError
+from djinn_fx.program import AttentionSpec, KVSpec
 
 NAME = "djinn"
 
@@ -37,10 +38,8 @@ class Call:
     """One attention call of a step, as the probe saw it."""
 
     layer: int
-    heads: int
-    key_dim: int
-    value_dim: int
-    window: int | None
+    kv: KVSpec
+    attention: AttentionSpec
 
 
 @dataclass
@@ -148,9 +147,8 @@ def attention(
     if window is not None and not isinstance(window, int):
         raise CaptureError(f"{where}: sliding_window is {window!r}, expected a number.")
     scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
-    heads, key_dim, value_dim = int(key.shape[1]), int(key.shape[3]), int(value.shape[3])
-    step.calls.append(Call(layer, heads, key_dim, value_dim, window or None))
     if step.arenas is None:
+        step.calls.append(_call(layer, (query, key, value), window or None, softcap or None, scale, s_aux))
         out = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
         return out, None
     keys, values = step.arenas[layer]
@@ -158,6 +156,22 @@ def attention(
     torch.ops.djinn.kv_write(keys, values, key, value, *where_to)
     out = torch.ops.djinn.attention(query, keys, values, *where_to, window or None, softcap or None, s_aux, scale)
     return out, None
+
+
+def _call(
+    layer: int,
+    tensors: tuple[torch.Tensor, ...],
+    window: int | None,
+    softcap: float | None,
+    scale: float,
+    sinks: torch.Tensor | None,
+) -> Call:
+    """What the probe keeps of a call with these queries, keys and values."""
+    query, key, value = tensors
+    layouts = tuple(tensor.stride()[1:] for tensor in tensors)
+    dtype = None if sinks is None else sinks.dtype
+    kv = KVSpec(int(key.shape[1]), int(key.shape[3]), int(value.shape[3]))
+    return Call(layer, kv, AttentionSpec(int(query.shape[1]), layouts, window, softcap, scale, dtype))
 
 
 def _refuse_odd(

@@ -32,6 +32,9 @@ Lowered = Callable[..., tuple[torch.Tensor, ...]]
 #:   of one, which depends on who reads the sum: an edit that is armed behind it would change its rounding.
 EXACT: Mapping[str, Any] = {"emulate_precision_casts": True, "deterministic": True, "pattern_matcher": False}
 
+#: Inductor options that cost less time: kernels are compiled by the worker processes, all at once, not one by one here.
+QUICK: Mapping[str, Any] = {"triton.autotune_at_compile_time": False}
+
 #: Rows up to which a row is reduced in one piece, and the longest such row. A GPU has more multiprocessors than there
 #: are rows, so what counts is how often one of them waits for memory.
 FEW_ROWS, WHOLE_ROW = 64, 8192
@@ -63,7 +66,7 @@ class InductorLowering:
     """Compiles segments with Inductor and keeps one artifact per compile class.
 
     Attributes:
-        options: Inductor configuration patches beside :data:`EXACT`.
+        options: Inductor configuration patches beside :data:`EXACT` and :data:`QUICK`.
         choices: what decides how kernels are cut.
         compiled: artifact by compile class.
         compilations: how often Inductor was called.
@@ -79,11 +82,18 @@ class InductorLowering:
         key = compile_class(graph)
         if key not in self.compiled:
             # Named in the options too: they are part of Inductor's cache key.
-            patches = {**EXACT, "inductor_choices_class": self.choices, **self.options}
+            patches = {**EXACT, **QUICK, "inductor_choices_class": self.choices, **self.options}
             with V.set_choices_handler(self.choices()):
                 self.compiled[key] = _compile(graph, patches)
             self.compilations += 1
         return self.compiled[key]
+
+
+def start_workers() -> None:
+    """Start the processes in which Inductor compiles Triton kernels; it would begin when the first kernel is there."""
+    from torch._inductor.async_compile import maybe_warm_pool
+
+    maybe_warm_pool()
 
 
 def _compile(graph: fx.GraphModule, patches: Mapping[str, Any]) -> Lowered:

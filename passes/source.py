@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from djinn_fx.errors import CaptureError
 from djinn_fx.passes import hf
 from djinn_fx.passes.support import check, kind_of
-from djinn_fx.program import KVSpec
+from djinn_fx.program import AttentionSpec, KVSpec
 
 #: Positional and keyword arguments of a plain module.
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
@@ -36,7 +36,7 @@ class Source:
         device: where they are.
         kv: what each layer keeps per position; empty for plain modules.
         vocab_size: width of the logits, or None.
-        windows: sliding window of each layer, or None where it sees everything.
+        attention: how each layer attends; empty for plain modules.
         model_type: the configuration's model type, or the class name.
         config: the configuration as a dictionary; empty for plain modules.
         example_inputs: normalised arguments of a plain module.
@@ -51,12 +51,17 @@ class Source:
     device: torch.device
     kv: tuple[KVSpec, ...] = ()
     vocab_size: int | None = None
-    windows: tuple[int | None, ...] = ()
+    attention: tuple[AttentionSpec, ...] = ()
     model_type: str = ""
     config: Mapping[str, Any] = field(default_factory=dict)
     example_inputs: Inputs | None = None
     reasons: tuple[str, ...] = ()
     lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Sliding window of each layer, or None where it sees everything."""
+        return tuple(spec.window for spec in self.attention)
 
 
 def prepare(model: nn.Module, example_inputs: object = None, stand_in: StandIn | None = None) -> Source:
@@ -88,7 +93,7 @@ def prepare(model: nn.Module, example_inputs: object = None, stand_in: StandIn |
             reasons=support.reasons,
         )
     hf.use_djinn_attention(clone)
-    kv, windows, vocab = _probe(clone, device)
+    kv, attention, vocab = _probe(clone, device)
     config: Any = clone.config
     return Source(
         kind="lm",
@@ -97,7 +102,7 @@ def prepare(model: nn.Module, example_inputs: object = None, stand_in: StandIn |
         device=device,
         kv=kv,
         vocab_size=vocab,
-        windows=windows,
+        attention=attention,
         model_type=config.model_type,
         config=config.to_dict(),
         reasons=support.reasons,
@@ -182,7 +187,7 @@ def flatten_inputs(inputs: Inputs) -> tuple[dict[str, torch.Tensor], tuple[Any, 
     return tensors, tuple(key)
 
 
-def _probe(clone: nn.Module, device: torch.device) -> tuple[tuple[KVSpec, ...], tuple[int | None, ...], int]:
+def _probe(clone: nn.Module, device: torch.device) -> tuple[tuple[KVSpec, ...], tuple[AttentionSpec, ...], int]:
     """Run two tokens through the clone on fake tensors to see what attention and cache ask for."""
     config: Any = clone.config
     layers = int(config.get_text_config().num_hidden_layers)
@@ -215,5 +220,4 @@ def _probe(clone: nn.Module, device: torch.device) -> tuple[tuple[KVSpec, ...], 
             "through the attention interface with a cache of their own (recurrent state, shared or missing KV)."
         )
     ordered = [calls[layer] for layer in range(layers)]
-    kv = tuple(KVSpec(call.heads, call.key_dim, call.value_dim) for call in ordered)
-    return kv, tuple(call.window for call in ordered), int(logits.shape[-1])
+    return tuple(call.kv for call in ordered), tuple(call.attention for call in ordered), int(logits.shape[-1])
