@@ -194,7 +194,11 @@ def _lift(exported: ExportedProgram, clone: nn.Module, inputs: Sequence[str], *,
             env = f"w.{fqn}" if fqn else f"c.{str(spec.target).removeprefix(prefix)}"
             node.meta[WEIGHT] = tensor.detach()
         node.meta = {key: value for key, value in node.meta.items() if key in ("val", WEIGHT)}
+        if isinstance(value := node.meta.get("val"), torch.Tensor) and value.requires_grad:
+            node.meta["val"] = value.detach()  # nor do views of it ask for a gradient then
         if env in first:
+            for user in node.users:
+                user.meta.pop("val", None)  # its storage was another
             node.replace_all_uses_with(first[env])
             gm.graph.erase_node(node)
             continue

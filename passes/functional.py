@@ -39,6 +39,10 @@ from djinn_fx.passes.scatter import scattered
 
 _KV_WRITE = "djinn.kv_write.default"
 
+#: What these give shares storage with their argument, or does not, other than tracing noted.
+_MISTOLD = {"aten.dropout.default", "aten.feature_dropout.default", "aten.alpha_dropout.default"}
+_MISTOLD |= {"aten.lift_fresh.default", "aten.lift_fresh_copy.default"}
+
 
 @dataclass(eq=False)
 class Base:
@@ -65,6 +69,8 @@ class Rewriter:
         self._gm = gm
         self._graph = fx.Graph()
         self._views: dict[fx.Node, View] = {}
+        # New nodes whose fake values are not those that tracing noted, nor are therefore those of their users.
+        self._anew: set[fx.Node] = set()
         self._mode = fake_mode(gm)
 
     def run(self) -> fx.GraphModule:
@@ -106,14 +112,24 @@ class Rewriter:
         """Take over a node that writes nothing; note whether it is a view of its first argument."""
         made = self._graph.node_copy(node, self.current)
         made.meta = dict(node.meta)
-        if node.op != "placeholder":
-            propagate(made, self._mode)
+        if node.op != "placeholder" and self._is_new(node, made):
+            self._tell(made)
         source = node.args[0] if node.args else None
         if isinstance(source, fx.Node) and self._is_view(node, made, source):
             old = self._views[source]
             self._views[node] = View(old.base, (*old.chain, node), made, old.base.version)
         else:
             self._views[node] = View(Base(made))
+
+    def _is_new(self, node: fx.Node, made: fx.Node) -> bool:
+        """Whether a copy's fake value must be computed, which takes as long as to trace it."""
+        if node.meta.get("val") is None or str(node.target) in _MISTOLD:
+            return True
+        return not self._anew.isdisjoint(made.all_input_nodes)
+
+    def _tell(self, made: fx.Node) -> None:
+        propagate(made, self._mode)
+        self._anew.add(made)
 
     def _is_view(self, node: fx.Node, made: fx.Node, source: fx.Node) -> bool:
         if node.op != "call_function":
@@ -176,7 +192,7 @@ class Rewriter:
         """Add a call in the place of ``like``, with its module."""
         made = self._graph.call_function(target, args, kwargs)
         made.meta.update({MODULE: like.meta[MODULE], NAMES: (), ORIGIN: take_origin(self._gm)})
-        propagate(made, self._mode)
+        self._tell(made)
         return made
 
     def _refusal(self, node: fx.Node, what: str) -> CaptureError:
