@@ -189,7 +189,7 @@ def test_a_disk_that_fills_up_while_a_session_goes_there(tmp_path: Path, monkeyp
         for run in runs:
             run.rewind(3) if run.stop else run.session.watch(["resid_post.0"])
             next(run)
-        folder = dj.engine.tiers.disk._place()
+        folder = dj.engine.tiers.disk._place().path
         (folder / "1.kv").symlink_to("/dev/full")
         with pytest.raises(djinn.CapacityError, match=r"the disk refuses .* No space left on device"):
             dj.session()
