@@ -7,6 +7,7 @@ import threading
 import warnings
 from collections.abc import Iterable
 from functools import partial
+from numbers import Integral, Real
 from typing import Any, overload
 
 import torch
@@ -136,10 +137,12 @@ def compile(
         ("prefill_chunk", prefill_chunk),
         ("edit_rank", edit_rank),
     ):
-        if value < 1:
-            raise InvalidValue(f"{name}={value}: give 1 or more.")
-    if not 0 <= row_wait <= threading.TIMEOUT_MAX:
-        raise InvalidValue(f"row_wait={row_wait}: give seconds, 0 or more.")
+        if not isinstance(value, Integral) or value < 1:
+            raise InvalidValue(f"{name}={value!r}: give 1 or more.")
+    if not isinstance(row_wait, Real) or not 0 <= row_wait <= threading.TIMEOUT_MAX:
+        raise InvalidValue(f"row_wait={row_wait!r}: give seconds, 0 or more.")
+    pinned_bytes, disk_bytes = _bytes("pinned_bytes", pinned_bytes), _bytes("disk_bytes", disk_bytes)
+    weights_bytes = None if weights_bytes is None else _bytes("weights_bytes", weights_bytes, 1)
     weights = _weights_of(model, device, weights_bytes)
     stand_in = None if weights is None else weights.stand_in
     source = prepare(model, stand_in=stand_in)
@@ -174,6 +177,13 @@ def compile(
         around = None if weights is None else weights.around
         dj.verify(partial(reference, model, stand_in=stand_in, around=around))
     return dj
+
+
+def _bytes(name: str, value: float, least: int = 0) -> int:
+    """A budget as a whole number; people write ``6e9`` too."""
+    if not isinstance(value, Real) or not least <= value < 1 << 63:
+        raise InvalidValue(f"{name}={value!r}: give a number of bytes, {least} or more.")
+    return int(value)
 
 
 def _weights_of(model: nn.Module, device: torch.device | str | None, budget: int | None) -> Weights | None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 #: Seconds that the thread outlives its last alarm.
 LINGER = 1.0
@@ -72,15 +74,20 @@ class AlarmClock:
             first = not self._waiting or alarm.due < self._waiting[0][0]
             heapq.heappush(self._waiting, (alarm.due, next(self._numbers), alarm))
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="djinn_fx alarms", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="djinn_fx alarms", daemon=True)
+                with suppress(RuntimeError):  # no thread can be had: the next alarm tries again
+                    thread.start()
+                    self._thread = thread
             elif first:
                 self._changed.notify()
         return alarm
 
     def _run(self) -> None:
         while (alarm := self._next()) is not None:
-            alarm.ring()
+            try:
+                alarm.ring()
+            except Exception:  # it must not, but the others are done all the same
+                threading.excepthook(threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread())))
 
     def _next(self) -> Alarm | None:
         """The next alarm, when it is due; None after a while without any."""

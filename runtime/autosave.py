@@ -17,6 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
+from numbers import Real
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -95,7 +96,7 @@ class Autosave:
     """
 
     def __init__(self, engine: Engine, folder: Path, every: float) -> None:
-        if not isinstance(every, (int, float)) or not 0 < every < threading.TIMEOUT_MAX:
+        if not isinstance(every, Real) or not 0 < every < threading.TIMEOUT_MAX:
             raise InvalidValue(f"autosave(every={every!r}): give seconds, more than 0.")
         try:
             folder.mkdir(parents=True, exist_ok=True)

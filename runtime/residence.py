@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING, Literal
 
 from djinn_fx.errors import InvalidValue
@@ -148,7 +149,8 @@ class Residence:
 
     @idle_hint.setter
     def idle_hint(self, seconds: float | None) -> None:
-        if seconds is not None and not 0 <= seconds < threading.TIMEOUT_MAX:
+        known = seconds is None or (isinstance(seconds, Real) and 0 <= seconds < threading.TIMEOUT_MAX)
+        if not known:
             raise InvalidValue(f"idle_hint={seconds!r}: give seconds, 0 or more, or None.")
         with self.engine.lock:
             self.require_open()

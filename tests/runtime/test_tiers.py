@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import djinn_fx as djinn
 from djinn_fx.runtime.disk import Folder
@@ -71,8 +72,11 @@ def test_who_moves_first() -> None:
         second.idle_hint, fourth.idle_hint = 60.0, 3600.0
         dj.session()
         assert (second.tier, fourth.tier) == ("device", "host"), "the longest absence first"
-        with pytest.raises(djinn.InvalidValue, match="idle_hint=-1"):
-            second.idle_hint = -1
+        odd: Any
+        for odd in (-1, float("nan"), float("inf"), "5", [1], torch.tensor(3.0)):
+            with pytest.raises(djinn.InvalidValue, match="idle_hint="):
+                second.idle_hint = odd
+        assert second.idle_hint == 60.0
 
 
 def test_a_session_is_there_before_its_user(monkeypatch: pytest.MonkeyPatch) -> None:
