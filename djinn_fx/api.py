@@ -131,15 +131,17 @@ def compile(
         if device is not None or weights_bytes is not None:
             raise InvalidValue("device= and weights_bytes= are for language models, not for example_inputs.")
         return compile_module(model, example_inputs, sites)
-    for name, value in (
-        ("max_sessions", max_sessions),
-        ("max_length", max_length),
-        ("prefill_chunk", prefill_chunk),
-        ("edit_rank", edit_rank),
-    ):
+    counts: dict[str, Any] = {
+        "max_sessions": max_sessions,
+        "max_length": max_length,
+        "prefill_chunk": prefill_chunk,
+        "edit_rank": edit_rank,
+    }
+    for name, value in counts.items():
         if not isinstance(value, Integral) or value < 1:
             raise InvalidValue(f"{name}={value!r}: give 1 or more.")
-    if not isinstance(row_wait, Real) or not 0 <= row_wait <= threading.TIMEOUT_MAX:
+    seconds: Any = row_wait
+    if not isinstance(seconds, Real) or not 0 <= row_wait <= threading.TIMEOUT_MAX:
         raise InvalidValue(f"row_wait={row_wait!r}: give seconds, 0 or more.")
     pinned_bytes, disk_bytes = _bytes("pinned_bytes", pinned_bytes), _bytes("disk_bytes", disk_bytes)
     weights_bytes = None if weights_bytes is None else _bytes("weights_bytes", weights_bytes, 1)
@@ -179,7 +181,7 @@ def compile(
     return dj
 
 
-def _bytes(name: str, value: float, least: int = 0) -> int:
+def _bytes(name: str, value: Any, least: int = 0) -> int:
     """A budget as a whole number; people write ``6e9`` too."""
     if not isinstance(value, Real) or not least <= value < 1 << 63:
         raise InvalidValue(f"{name}={value!r}: give a number of bytes, {least} or more.")

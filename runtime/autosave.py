@@ -96,7 +96,8 @@ class Autosave:
     """
 
     def __init__(self, engine: Engine, folder: Path, every: float) -> None:
-        if not isinstance(every, Real) or not 0 < every < threading.TIMEOUT_MAX:
+        wanted: object = every
+        if not isinstance(wanted, Real) or not 0 < every < threading.TIMEOUT_MAX:
             raise InvalidValue(f"autosave(every={every!r}): give seconds, more than 0.")
         try:
             folder.mkdir(parents=True, exist_ok=True)

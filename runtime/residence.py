@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from djinn_fx.errors import InvalidValue
 from djinn_fx.notebook import Shown
@@ -149,8 +149,8 @@ class Residence:
 
     @idle_hint.setter
     def idle_hint(self, seconds: float | None) -> None:
-        known = seconds is None or (isinstance(seconds, Real) and 0 <= seconds < threading.TIMEOUT_MAX)
-        if not known:
+        wanted: Any = seconds
+        if wanted is not None and not (isinstance(wanted, Real) and 0 <= wanted < threading.TIMEOUT_MAX):
             raise InvalidValue(f"idle_hint={seconds!r}: give seconds, 0 or more, or None.")
         with self.engine.lock:
             self.require_open()

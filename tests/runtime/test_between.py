@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import djinn_fx as djinn
+from djinn_fx.runtime import claims
 from djinn_fx.runtime import stop as stops
 from tests.runtime.tiny import another_dj, assert_same, compiled, generated, guarded, prompt
 
@@ -52,6 +53,7 @@ def test_a_rewind_of_what_was_just_closed(dj: djinn.Dj, monkeypatch: pytest.Monk
     with pytest.raises(djinn.SessionClosed):
         run.rewind(9 if end == "run" else 2)
     assert others[0].row == row or end == "run"
+    assert others[0].run is not None
     assert_same(others[0].run.result(), wanted)
     for each in (session, *others):
         each.close()
@@ -70,7 +72,7 @@ def test_a_fork_of_a_stop_that_was_just_left(dj: djinn.Dj, monkeypatch: pytest.M
 def test_a_step_from_a_stop_that_was_just_left(dj: djinn.Dj, monkeypatch: pytest.MonkeyPatch) -> None:
     with dj.session() as session:
         stop = next(session.generate(prompt(9), max_new_tokens=6, breakpoints=["resid_post.0"]))
-        real = stops.claimed
+        real = claims.claimed
 
         def late(runs: Any) -> Any:
             monkeypatch.setattr(stops, "claimed", real)

@@ -126,6 +126,29 @@ def test_a_rewind_without_memory_goes_on_from_there(
         ended(dj, runs, wanted)
 
 
+@pytest.mark.parametrize("steps", [2, 4])
+@pytest.mark.parametrize("part", ["pack", "clear", "unpack"])
+def test_an_interrupt_in_the_middle_of_a_move_costs_nobody_a_bit(
+    dj: djinn.Dj, wanted: list[Result], monkeypatch: pytest.MonkeyPatch, part: str, steps: int
+) -> None:
+    """Ctrl-C is told to Python when a copy returns."""
+    runs, packer = begun(dj, steps), dj.engine.arena.packer
+    session, real = runs[1].session, getattr(packer, part)
+
+    def interrupted(*given: Any) -> None:
+        real(*given)
+        raise KeyboardInterrupt
+
+    if part == "unpack":
+        session.offload()
+    with monkeypatch.context() as patched:
+        patched.setattr(packer, part, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            session.pin() if part == "unpack" else session.offload()
+    assert dj.engine.arena.free_rows == 4 - sum(run.session.resident for run in runs)
+    ended(dj, runs, wanted)
+
+
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
