@@ -183,7 +183,8 @@ def compile(
 
 def _bytes(name: str, value: Any, least: int = 0) -> int:
     """A budget as a whole number; people write ``6e9`` too."""
-    if not isinstance(value, Real) or not least <= value < 1 << 63:
+    known = isinstance(value, Real)
+    if not known or not least <= value < 1 << 63:
         raise InvalidValue(f"{name}={value!r}: give a number of bytes, {least} or more.")
     return int(value)
 

@@ -13,6 +13,9 @@ from contextlib import suppress
 #: Seconds that the thread outlives its last alarm.
 LINGER = 1.0
 
+#: Alarms that may wait before those that were cancelled are looked for.
+FEW = 64
+
 
 class Alarm:
     """Something that is to be done once.
@@ -64,6 +67,7 @@ class AlarmClock:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._waiting: list[tuple[float, int, Alarm]] = []
+        self._many = FEW  # so many are waiting that it is time to drop those that were cancelled
         self._numbers = itertools.count()
         self._thread: threading.Thread | None = None
 
@@ -71,6 +75,10 @@ class AlarmClock:
         """Do something in so many seconds. It must not raise, and should hold what it is about weakly."""
         alarm = Alarm(seconds, act)
         with self._changed:
+            if len(self._waiting) > self._many:  # who comes and goes would leave ever more behind
+                self._waiting = [each for each in self._waiting if not each[2].spent]
+                heapq.heapify(self._waiting)
+                self._many = FEW + 2 * len(self._waiting)
             first = not self._waiting or alarm.due < self._waiting[0][0]
             heapq.heappush(self._waiting, (alarm.due, next(self._numbers), alarm))
             if self._thread is None:

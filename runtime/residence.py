@@ -150,7 +150,7 @@ class Residence:
     @idle_hint.setter
     def idle_hint(self, seconds: float | None) -> None:
         wanted: Any = seconds
-        if wanted is not None and not (isinstance(wanted, Real) and 0 <= wanted < threading.TIMEOUT_MAX):
+        if wanted is not None and not (isinstance(wanted, Real) and 0 <= float(wanted) < threading.TIMEOUT_MAX):
             raise InvalidValue(f"idle_hint={seconds!r}: give seconds, 0 or more, or None.")
         with self.engine.lock:
             self.require_open()

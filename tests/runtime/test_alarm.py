@@ -69,3 +69,13 @@ def test_where_no_thread_can_be_had_the_next_one_tries_again(monkeypatch: pytest
     clock.after(0.0, lambda: rung.append(2)).join(30)
     first.join(30)
     assert rung == [1, 2]
+
+
+def test_cancelled_ones_do_not_pile_up() -> None:
+    clock = AlarmClock()
+    kept = [clock.after(3600, lambda: None) for _ in range(3)]
+    for _ in range(5000):
+        clock.after(3600, lambda: None).cancel()
+    assert len(clock._waiting) < 3 * module.FEW and sum(not each[2].spent for each in clock._waiting) == len(kept)
+    for each in kept:
+        each.cancel()
