@@ -149,6 +149,19 @@ def test_an_interrupt_in_the_middle_of_a_move_costs_nobody_a_bit(
     ended(dj, runs, wanted)
 
 
+@pytest.mark.parametrize("place", ["_drawn_first", "Flight"])
+@pytest.mark.parametrize("position", [3, LONG + 1])
+def test_a_rewind_that_is_interrupted_before_it_begins(
+    dj: djinn.Dj, wanted: list[Result], monkeypatch: pytest.MonkeyPatch, place: str, position: int
+) -> None:
+    runs = begun(dj, 5)
+    with monkeypatch.context() as patched:
+        patched.setattr(moves, place, raises(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            runs[1].rewind(position, "resid_post.0")
+    ended(dj, runs, wanted)
+
+
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
