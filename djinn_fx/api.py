@@ -7,6 +7,7 @@ import threading
 import warnings
 from collections.abc import Iterable
 from functools import partial
+from numbers import Integral, Real
 from typing import Any, overload
 
 import torch
@@ -130,16 +131,20 @@ def compile(
         if device is not None or weights_bytes is not None:
             raise InvalidValue("device= and weights_bytes= are for language models, not for example_inputs.")
         return compile_module(model, example_inputs, sites)
-    for name, value in (
-        ("max_sessions", max_sessions),
-        ("max_length", max_length),
-        ("prefill_chunk", prefill_chunk),
-        ("edit_rank", edit_rank),
-    ):
-        if value < 1:
-            raise InvalidValue(f"{name}={value}: give 1 or more.")
-    if not 0 <= row_wait <= threading.TIMEOUT_MAX:
-        raise InvalidValue(f"row_wait={row_wait}: give seconds, 0 or more.")
+    counts: dict[str, Any] = {
+        "max_sessions": max_sessions,
+        "max_length": max_length,
+        "prefill_chunk": prefill_chunk,
+        "edit_rank": edit_rank,
+    }
+    for name, value in counts.items():
+        if not isinstance(value, Integral) or value < 1:
+            raise InvalidValue(f"{name}={value!r}: give 1 or more.")
+    seconds: Any = row_wait
+    if not isinstance(seconds, Real) or not 0 <= row_wait <= threading.TIMEOUT_MAX:
+        raise InvalidValue(f"row_wait={row_wait!r}: give seconds, 0 or more.")
+    pinned_bytes, disk_bytes = _bytes("pinned_bytes", pinned_bytes), _bytes("disk_bytes", disk_bytes)
+    weights_bytes = None if weights_bytes is None else _bytes("weights_bytes", weights_bytes, 1)
     weights = _weights_of(model, device, weights_bytes)
     stand_in = None if weights is None else weights.stand_in
     source = prepare(model, stand_in=stand_in)
@@ -174,6 +179,14 @@ def compile(
         around = None if weights is None else weights.around
         dj.verify(partial(reference, model, stand_in=stand_in, around=around))
     return dj
+
+
+def _bytes(name: str, value: Any, least: int = 0) -> int:
+    """A budget as a whole number; people write ``6e9`` too."""
+    known = isinstance(value, Real)
+    if not known or not least <= value < 1 << 63:
+        raise InvalidValue(f"{name}={value!r}: give a number of bytes, {least} or more.")
+    return int(value)
 
 
 def _weights_of(model: nn.Module, device: torch.device | str | None, budget: int | None) -> Weights | None:

@@ -7,9 +7,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from djinn_fx.errors import InvalidValue
 from djinn_fx.making import weight_bytes
 from djinn_fx.runtime.autosave import Autosave, recover
 from djinn_fx.runtime.checkpoint import Checkpoint
+from djinn_fx.runtime.checkpoint_file import is_url, local
 from djinn_fx.runtime.engine import Engine
 from djinn_fx.runtime.observe import Observer
 from djinn_fx.runtime.residence import Memory, Place
@@ -55,18 +57,22 @@ class Keeping:
 
         Returns:
             a handle with ``stop()`` and ``save_now()``; also a context manager.
-        """
-        self._alive()
-        return Autosave(self.engine, Path(folder), every)
-
-    def recover(self, folder: str | os.PathLike[str], exact: bool = True) -> list[Session]:
-        """Every session that :meth:`autosave` left in a folder; all or none.
 
         Raises:
-            As :meth:`restore`.
+            CheckpointError: the folder cannot be made.
+            InvalidValue: an address, or no number of seconds.
         """
         self._alive()
-        return recover(self.engine, Path(folder), exact)
+        return Autosave(self.engine, _local(folder), every)
+
+    def recover(self, folder: str | os.PathLike[str], exact: bool = True) -> list[Session]:
+        """Every session that :meth:`autosave` left in a folder; all or none. None where there is no folder yet.
+
+        Raises:
+            As :meth:`restore`; InvalidValue for an address.
+        """
+        self._alive()
+        return recover(self.engine, _local(folder), exact)
 
     def memory(self) -> Memory:
         """Bytes by component.
@@ -102,3 +108,12 @@ class Keeping:
                 "disk_budget": engine.tiers.disk.limit,
             }
             return Memory(found, places)
+
+
+def _local(folder: str | os.PathLike[str]) -> Path:
+    if is_url(folder):
+        raise InvalidValue(
+            f"{os.fspath(folder)!r} is an address: autosave keeps sessions in a local folder. Mount it there, or save "
+            "checkpoints yourself: stop.checkpoint().save(address) takes any."
+        )
+    return local(folder)

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 #: Seconds that the thread outlives its last alarm.
 LINGER = 1.0
+
+#: Alarms that may wait before those that were cancelled are looked for.
+FEW = 64
 
 
 class Alarm:
@@ -62,6 +67,7 @@ class AlarmClock:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._waiting: list[tuple[float, int, Alarm]] = []
+        self._many = FEW  # so many are waiting that it is time to drop those that were cancelled
         self._numbers = itertools.count()
         self._thread: threading.Thread | None = None
 
@@ -69,18 +75,27 @@ class AlarmClock:
         """Do something in so many seconds. It must not raise, and should hold what it is about weakly."""
         alarm = Alarm(seconds, act)
         with self._changed:
+            if len(self._waiting) > self._many:  # who comes and goes would leave ever more behind
+                self._waiting = [each for each in self._waiting if not each[2].spent]
+                heapq.heapify(self._waiting)
+                self._many = FEW + 2 * len(self._waiting)
             first = not self._waiting or alarm.due < self._waiting[0][0]
             heapq.heappush(self._waiting, (alarm.due, next(self._numbers), alarm))
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="djinn_fx alarms", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="djinn_fx alarms", daemon=True)
+                with suppress(RuntimeError):  # no thread can be had: the next alarm tries again
+                    thread.start()
+                    self._thread = thread
             elif first:
                 self._changed.notify()
         return alarm
 
     def _run(self) -> None:
         while (alarm := self._next()) is not None:
-            alarm.ring()
+            try:
+                alarm.ring()
+            except Exception:  # it must not, but the others are done all the same
+                threading.excepthook(threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread())))
 
     def _next(self) -> Alarm | None:
         """The next alarm, when it is due; None after a while without any."""

@@ -7,6 +7,7 @@ Files of sessions that were closed go. The weights are hashed once a round, not 
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import uuid
@@ -16,16 +17,18 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
+from numbers import Real
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 import torch
 
-from djinn_fx.errors import InvalidValue, SessionBusy
+from djinn_fx.errors import CheckpointError, InvalidValue, SessionBusy
 from djinn_fx.runtime.bits import same_bits
 from djinn_fx.runtime.checkpoint import Checkpoint
 from djinn_fx.runtime.fingerprint import Fingerprints
+from djinn_fx.runtime.saved import Look, Saved, look
 
 if TYPE_CHECKING:
     from djinn_fx.runtime.engine import Engine
@@ -36,6 +39,9 @@ PREFIX, SUFFIX = "session-", ".safetensors"
 
 #: Seconds between two looks at a session that a thread is driving, beside being let in.
 PATIENCE = 0.05
+
+#: Seconds after which a draft that nobody writes any more is taken for that of a process that is dead.
+STALE = 3600.0
 
 
 class Mark:
@@ -48,7 +54,8 @@ class Mark:
         journal = session.journal
         # The objects themselves are kept, so that no other can come in their place.
         self.parts: tuple[object, ...] = (
-            run, flight and flight.step, stop, session.steering, journal[-1] if journal else None
+            run, flight and flight.step, stop, session.steering, journal[-1] if journal else None,
+            *(run.breakpoints if run is not None else ()),
         )  # fmt: skip
         self.plain: tuple[object, ...] = (
             len(session.token_list), session.length, len(journal),
@@ -89,14 +96,21 @@ class Autosave:
     """
 
     def __init__(self, engine: Engine, folder: Path, every: float) -> None:
-        if not 0 < every < threading.TIMEOUT_MAX:
+        wanted: object = every
+        if not isinstance(wanted, Real) or not 0 < every < threading.TIMEOUT_MAX:
             raise InvalidValue(f"autosave(every={every!r}): give seconds, more than 0.")
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _sweep(folder)
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot keep sessions in {str(folder)!r}: {error}. Give a folder that can be made and written."
+            ) from error
         self.folder, self.every, self.written = folder, every, 0
         self.errors: list[Exception] = []
         self._engine = engine
         self._names: weakref.WeakKeyDictionary[Session, str] = weakref.WeakKeyDictionary()
-        self._files: set[str] = set()
+        self._files: dict[str, Look | None] = {}  # as they were left here
         self._weights = Fingerprints(engine.identity.weights)
         self._marks: weakref.WeakKeyDictionary[Session, tuple[Mark, object]] = weakref.WeakKeyDictionary()
         self._end, self._round = threading.Event(), threading.Lock()
@@ -109,22 +123,33 @@ class Autosave:
             errors: list[Exception] = []
             self._weights.forget()
             with self._engine.lock:
+                if self._engine.closed:
+                    return  # its sessions were closed with it: their files stay
                 sessions = list(self._engine.sessions)
+            for session in sessions:
+                self._adopt(session)
             for session in sessions:
                 try:
                     self._save(session)
                 except Exception as error:  # whatever it is, the others are saved, and this one is tried again
                     if not session.closed:
                         errors.append(error.with_traceback(None))  # which would keep the session's memory
-            kept = {self._names[session] for session in sessions if session in self._names and not session.closed}
-            for name in self._files - kept:
+            for name in self._gone():
                 try:
-                    (self.folder / name).unlink(missing_ok=True)
+                    if look(self.folder / name) == self._files[name]:  # else somebody else goes on in it
+                        (self.folder / name).unlink(missing_ok=True)
                 except OSError as error:
                     errors.append(error)
                 else:
-                    self._files.discard(name)
+                    del self._files[name]
             self.errors = errors
+
+    def _gone(self) -> set[str]:
+        """Names of the files of sessions that were closed; those that were closed with their model keep theirs."""
+        with self._engine.lock:
+            if self._engine.closed:
+                return set()
+            return set(self._files) - {self._names.get(session) for session in self._engine.sessions}
 
     def name_of(self, session: Session) -> str | None:
         """The name of a session's file in the folder; None if it was not written yet."""
@@ -147,18 +172,37 @@ class Autosave:
             if self._end.wait(max(0.0, self.every - (time.monotonic() - begun))):
                 return
 
+    def _adopt(self, session: Session) -> None:
+        """Let a recovered session go on in its file, unless somebody else does: another process, or a twin here."""
+        saved = session.saved
+        if saved is None or not session.settled or session in self._names or saved.path.name in self._files:
+            return
+        if saved.lies_in(self.folder) and saved.untouched:
+            self._names[session], self._files[saved.path.name] = saved.path.name, saved.seen
+
+    def _name_for(self, session: Session) -> str:
+        """The name of a session's file: another one, where somebody else goes on in that which it had."""
+        known = self._names.get(session)
+        if known is not None and look(self.folder / known) in (None, self._files[known]):
+            return known
+        if known is not None:
+            del self._files[known], self._names[session]
+        return f"{PREFIX}{uuid.uuid4().hex}{SUFFIX}"
+
     def _save(self, session: Session) -> None:
+        known = self._names.get(session)
+        if known is not None and look(self.folder / known) != self._files[known]:
+            self._marks.pop(session, None)  # not what was written there: it is written again
         taken = self._taken(session)
         if taken is None:
             return
         mark, checkpoint = taken
-        name = self._names.get(session) or session.saved_as(self.folder) or f"{PREFIX}{uuid.uuid4().hex}{SUFFIX}"
+        name = self._name_for(session)
         weights = self._weights.lines()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of predicates that no file can hold: said in the docs
             checkpoint.write(self.folder / name, weights)
-        self._names[session] = name
-        self._files.add(name)
+        self._names[session], self._files[name] = name, look(self.folder / name)
         self._marks[session] = mark, self._weights.mark()
         self.written += 1
 
@@ -187,7 +231,7 @@ class Autosave:
 
     def _take(self, session: Session) -> Taken | None:
         """:meth:`_taken` now; the caller holds the lock."""
-        if session.closed:
+        if session.closed or not session.settled:
             return None
         mark, (known, weights) = Mark(session), self._marks.get(session, (None, None))
         if mark.same(known) and weights == self._weights.mark():
@@ -204,19 +248,46 @@ class Autosave:
 
 
 def recover(engine: Engine, folder: Path, exact: bool) -> list[Session]:
-    """Every session that :class:`Autosave` left in a folder, oldest file first.
+    """Every session that :class:`Autosave` left in a folder, oldest file first; all or none.
 
     A session that is saved there again goes on in its file.
     """
-    paths = sorted(folder.glob(f"{PREFIX}*{SUFFIX}"), key=lambda path: (path.stat().st_mtime_ns, path.name))
     found: list[Session] = []
     try:
-        for path in paths:
-            session = Checkpoint.load(path).restore_into(engine, exact=exact)
-            session.saved_path = path
-            found.append(session)
+        for path in _left_in(folder):
+            saved = Saved(path, look(path))
+            try:
+                found.append(Checkpoint.load(path).restore_into(engine, exact=exact, saved=saved))
+            except CheckpointError as error:
+                if not os.path.lexists(path):
+                    continue  # whoever had it has closed it meanwhile
+                raise CheckpointError(
+                    f"{error} So no session of {str(folder)!r} was recovered, and every file there is as it was; move "
+                    "this one elsewhere to recover the others."
+                ) from error
     except BaseException:
         for session in found:
             session.close()
         raise
+    for session in found:
+        session.settled = True
     return found
+
+
+def _left_in(folder: Path) -> list[Path]:
+    """Files of sessions in a folder, oldest first; none if there is no folder yet."""
+    try:
+        paths = [path for path in folder.iterdir() if path.name.startswith(PREFIX) and path.name.endswith(SUFFIX)]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise CheckpointError(f"cannot look for sessions in {str(folder)!r}: {error}. Check the folder.") from error
+    return sorted(paths, key=lambda path: ((look(path) or (0, 0))[1], path.name))
+
+
+def _sweep(folder: Path) -> None:
+    """Remove drafts of killed processes: those that nobody has written for a while."""
+    for draft in folder.glob(f".{PREFIX}*{SUFFIX}.*.tmp"):
+        seen = look(draft)
+        if seen is not None and seen[1] / 1e9 < time.time() - STALE:
+            draft.unlink(missing_ok=True)

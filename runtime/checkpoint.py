@@ -28,6 +28,7 @@ from djinn_fx.runtime.fingerprint import (
 )
 from djinn_fx.runtime.pinned import HostPool
 from djinn_fx.runtime.restore import fill, require_fit
+from djinn_fx.runtime.saved import Saved
 from djinn_fx.runtime.scarce import memory_for
 from djinn_fx.runtime.snapshot import SessionState, Snapshot, snapshot
 from djinn_fx.runtime.transfer import Parked, Sent, fetch
@@ -177,7 +178,12 @@ class Checkpoint:
         return Checkpoint(document, Contents(session, tensors, {}))
 
     def restore_into(
-        self, engine: Engine, *, breakpoints: Iterable[str | Breakpoint] = (), exact: bool = True
+        self,
+        engine: Engine,
+        *,
+        breakpoints: Iterable[str | Breakpoint] = (),
+        exact: bool = True,
+        saved: Saved | None = None,
     ) -> Session:
         """Bring it back as a new session; ``session.run`` stands where it stood.
 
@@ -185,6 +191,7 @@ class Checkpoint:
             engine: of the same model.
             breakpoints: more breakpoints for the restored run, beside its own.
             exact: refuse an environment in which the run would go on with other bits.
+            saved: the file it was recovered from; the caller settles the session.
 
         Raises:
             CheckpointError: another model, or, with ``exact``, another environment.
@@ -208,6 +215,7 @@ class Checkpoint:
 
         def act() -> Session:
             session = engine.seated_session(state.seed)
+            session.saved, session.settled = saved, saved is None
             try:
                 with memory_for("a restored session"):
                     engine.arena.arrive(session.row)

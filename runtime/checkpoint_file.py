@@ -29,6 +29,9 @@ FORMAT = 1
 #: The longest header that safetensors reads.
 LONGEST_HEADER = 100_000_000
 
+#: How the address of a local file begins.
+_LOCAL = ("file://", "local://")
+
 _NO_DIGEST = "0" * 64
 _FORMAT_FIELD = re.compile(rb'"djinn_format":"(\d+)"')
 _DIGEST_FIELD = re.compile(rb'"djinn_sha256":"([0-9a-f]{64})"')
@@ -57,7 +60,7 @@ def write_file(
         _write_url(os.fspath(path), held, metadata)
         return os.fspath(path)
     target = local(path)
-    draft = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    draft = target.parent / f".{target.name}.{secrets.token_hex(4)}.tmp"
     try:
         draft.touch()
         mode = draft.stat().st_mode  # as the user's umask wants it; safetensors would keep the file from everyone else
@@ -65,13 +68,13 @@ def write_file(
         draft.chmod(mode)
         _seal(draft)
         os.replace(draft, target)
-    except (OSError, SafetensorError, MemoryError) as error:
+    except (OSError, SafetensorError, MemoryError, ValueError) as error:  # a name with a NUL is a ValueError
         raise CheckpointError(
             f"cannot write the checkpoint {str(target)!r}: {error}. Nothing changed under that name; see that the "
             "folder exists, is writable and has room."
         ) from error
     finally:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
             draft.unlink(missing_ok=True)
     try:
         _sync_folder(target.parent)
@@ -121,12 +124,12 @@ def _read(source: Path, name: str) -> tuple[dict[str, Any], dict[str, torch.Tens
 
 def is_url(path: str | os.PathLike[str]) -> bool:
     """Whether a path is an address that fsspec serves, other than of a local file."""
-    return "://" in os.fspath(path) and not os.fspath(path).startswith("file://")
+    return "://" in os.fspath(path) and not os.fspath(path).startswith(_LOCAL)
 
 
 def local(path: str | os.PathLike[str]) -> Path:
-    """The local file of a path or a ``file://`` address."""
-    return Path(os.fspath(path).removeprefix("file://"))
+    """The local file of a path or of an address of a local file."""
+    return Path(os.fspath(path).removeprefix(_LOCAL[0]).removeprefix(_LOCAL[1]))
 
 
 def _write_url(address: str, held: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:

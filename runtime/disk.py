@@ -1,20 +1,23 @@
 """The lowest tier: KV of paused sessions in files of our own, written and read on a thread of their own.
 
 A file holds the packed KV of one row and nothing else; it goes when nobody refers to it any more. It is no checkpoint:
-another process cannot use it, and it is not synced. Its checksum is compared when it is read.
+another process cannot use it, and it is not synced. Its checksum is compared when it is read. What a process that was
+killed left behind is removed by the next that needs the same folder.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 import weakref
 import zlib
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -23,8 +26,16 @@ from djinn_fx.kernels.rows import RowLayout
 from djinn_fx.runtime.pinned import HostPool, ordinary
 from djinn_fx.runtime.transfer import Parked
 
+try:
+    import fcntl
+except ImportError:  # not on this system: what the dead leave stays
+    fcntl = None  # type: ignore[assignment]
+
 #: Bytes that are summed, written or read at a time: other threads come between.
 STRETCH = 4 << 20
+
+#: How the name of a folder begins, and the name of the file in it that its process keeps locked.
+PREFIX, LOCK = "djinn-kv-", "lock"
 
 
 class Filed:
@@ -36,10 +47,12 @@ class Filed:
         length: its positions.
         nbytes: its bytes.
         total: checksum of the bytes.
+        folder: in which it lies, kept for as long as it does: a checkpoint may share the file, and outlives its model.
     """
 
-    def __init__(self, path: Path, layout: RowLayout, length: int, nbytes: int, total: int) -> None:
+    def __init__(self, path: Path, layout: RowLayout, length: int, nbytes: int, total: int, folder: Folder) -> None:
         self.path, self.layout, self.length, self.nbytes, self.total = path, layout, length, nbytes, total
+        self.folder = folder
 
     in_memory = False
 
@@ -79,6 +92,38 @@ class Filed:
         return Parked(block, self.layout, self.length, self.nbytes)
 
 
+class Folder:
+    """A folder of our own, which goes when nobody refers to it any more; two processes may have the same ``parent``.
+
+    It holds a lock for as long as its process lives: whoever finds one without makes an end of it.
+    """
+
+    def __init__(self, parent: str | os.PathLike[str] | None) -> None:
+        if parent is not None:
+            Path(parent).mkdir(parents=True, exist_ok=True)
+        self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+        self._lock = (self.path / "making").open("wb")
+        weakref.finalize(self, _remove, self.path, self._lock)
+        with suppress(OSError):  # some file systems have no locks
+            if fcntl is not None:
+                fcntl.flock(self._lock, fcntl.LOCK_EX)
+                (self.path / "making").rename(self.path / LOCK)  # nobody ever sees it without its lock
+                _sweep(self.path.parent)
+
+
+def _remove(folder: Path, lock: BinaryIO) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    lock.close()
+
+
+def _sweep(parent: Path) -> None:
+    """Remove the folders of processes that are dead."""
+    for place in parent.glob(f"{PREFIX}*/{LOCK}"):
+        with suppress(OSError), place.open("r+b") as lock:  # locked, or not ours
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(place.parent, ignore_errors=True)
+
+
 _LOST = "Somebody changed spill_dir. Close the session, or restore a checkpoint of it; other sessions are untouched."
 
 
@@ -92,7 +137,7 @@ class Disk:
 
     def __init__(self, limit: int, folder: str | os.PathLike[str] | None = None) -> None:
         self.limit, self._asked = limit, folder
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._folder: Folder | None = None
         self._thread: ThreadPoolExecutor | None = None
         self._sizes: dict[int, int] = {}
         self._gone: deque[int] = deque()  # only appended to by the collector, which may run anywhere
@@ -125,13 +170,11 @@ class Disk:
         return self._run(filed.read, pool)
 
     def close(self) -> None:
-        """End the thread when it is through and remove the folder; files still referred to are gone."""
+        """End the thread when it is through; the folder goes with the last file that somebody refers to."""
         if self._thread is not None:
             self._thread.shutdown(wait=True)
             self._thread = None
-        if self._folder is not None:
-            self._folder.cleanup()
-            self._folder = None
+        self._folder = None
 
     def _run(self, act: Callable[..., Any], *arguments: Any) -> Future[Any]:
         if self._thread is None:
@@ -140,7 +183,8 @@ class Disk:
 
     def _write(self, parked: Parked, number: int) -> Filed:
         try:
-            path = self._place() / f"{number}.kv"
+            folder = self._place()
+            path = folder.path / f"{number}.kv"
             if parked.arrived is not None:
                 parked.arrived.synchronize()
             data, total = parked.block.tensor[: parked.nbytes].numpy(), 0
@@ -162,18 +206,16 @@ class Disk:
                 f"the disk refuses {parked.nbytes} bytes of a paused session's KV: {error}. The session stays in host "
                 "memory; free room in spill_dir, or close a session."
             ) from error
-        filed = Filed(path, parked.layout, parked.length, parked.nbytes, total)
+        filed = Filed(path, parked.layout, parked.length, parked.nbytes, total, folder)
         weakref.finalize(filed, self._drop, path, number)
         return filed
 
-    def _place(self) -> Path:
+    def _place(self) -> Folder:
         if self._folder is None:
-            if self._asked is not None:
-                Path(self._asked).mkdir(parents=True, exist_ok=True)
-            # A folder of our own: two models, or two processes, may have the same spill_dir.
-            self._folder = tempfile.TemporaryDirectory(prefix="djinn-kv-", dir=self._asked, ignore_cleanup_errors=True)
-        return Path(self._folder.name)
+            self._folder = Folder(self._asked)
+        return self._folder
 
     def _drop(self, path: Path, number: int) -> None:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
         self._gone.append(number)

@@ -98,18 +98,19 @@ def _come(engine: Engine, runs: Sequence[Run]) -> None:
 
 @contextmanager
 def _driving(engine: Engine, runs: Sequence[Run]) -> Iterator[None]:
-    me = threading.get_ident()
-    with engine.lock:
-        for run in runs:
-            if run.driver is not None or run.owner is not None:
-                run.require_still()
-        for run in runs:
-            run.driver = me
+    me, mine = threading.get_ident(), False
     try:
+        with engine.lock:
+            for run in runs:
+                if run.driver is not None or run.owner is not None:
+                    run.require_still()
+            mine = True  # from here on an interrupt must not leave them driven for ever
+            for run in runs:
+                run.driver = me
         yield
     finally:
         now = time.monotonic()
-        for run in runs:
+        for run in runs if mine else ():
             run.driver, run.session.paused_at = None, now
 
 
@@ -247,8 +248,9 @@ def _draw_first(engine: Engine, run: Run) -> None:
             if logits is None:
                 logits = execute(engine, session, session.journal[-1], None).logits()[-1].clone()
             kept = logits[None] if run.options.output_logits else None
+            drawn = _drawn(run, logits[None], session.length)
             run.records.append(StepRecord(session.length, logits=kept, stepped=False))
-            token = _draw(engine, run, logits[None])
+            token = _append(run, drawn)
             planner.conclude(run, token, engine.options)
     _announce(run, token)
 
@@ -288,23 +290,25 @@ def deliver(engine: Engine, run: Run, site: Site, fired: Sequence[int]) -> Stop:
 
 
 def _commit(engine: Engine, run: Run, flight: Flight) -> int | None:
-    """Make the step in the air part of the session's history; returns a newly drawn token."""
+    """Make the step in the air part of the session's history; returns a newly drawn token.
+
+    What may fail comes first: the step is part of it as a whole or not at all.
+    """
     with engine.lock:
         session, options = run.session, run.options
         ends = flight.step.stop == len(session.token_list)
         known = None
         if ends and options.kind == "generate":
             known = flight.drawn if options.sampling.do_sample else flight.token
+            if known is None:
+                known = _drawn(run, flight.logits()[-1:], flight.step.stop)
         record = _recorded(engine, run, flight, ends=ends)
+        last = flight.logits()[-1].clone() if options.kind == "forward" else None
         session.journal.append(flight.step)
         session.length = flight.step.stop
-        run.flight, session.last_logits = None, None
+        run.flight, session.last_logits = None, last
         run.records.append(record)
-        token = None
-        if options.kind == "forward":
-            session.last_logits = flight.logits()[-1].clone()
-        elif ends:
-            token = _draw(engine, run, flight.logits()[-1:]) if known is None else _append(run, known)
+        token = None if known is None else _append(run, known)
         if ends:
             planner.conclude(run, token, engine.options)
         return token
@@ -324,11 +328,11 @@ def _recorded(engine: Engine, run: Run, flight: Flight, *, ends: bool) -> StepRe
 
 
 @without_grad
-def _draw(engine: Engine, run: Run, logits: torch.Tensor) -> int:
-    session = run.session
-    seeds = torch.tensor([session.seed], dtype=torch.int64)
-    place = torch.tensor([session.length], dtype=torch.int64)
-    return _append(run, int(sample(logits, run.options.sampling, seeds, place)))
+def _drawn(run: Run, logits: torch.Tensor, length: int) -> int:
+    """The token that follows ``length`` positions, by logits ``[1, vocab]``."""
+    seeds = torch.tensor([run.session.seed], dtype=torch.int64)
+    place = torch.tensor([length], dtype=torch.int64)
+    return int(sample(logits, run.options.sampling, seeds, place))
 
 
 def _append(run: Run, token: int) -> int:

@@ -11,6 +11,7 @@ import torch
 from djinn_fx.errors import CapacityError, StaleStop
 from djinn_fx.runtime import driver, moves, planner
 from djinn_fx.runtime.arena import KVArena
+from djinn_fx.runtime.berths import park
 from djinn_fx.runtime.breakpoints import arm_breakpoints
 from djinn_fx.runtime.disk import Disk
 from djinn_fx.runtime.executor import Executor
@@ -26,13 +27,12 @@ from djinn_fx.runtime.programs import ProgramCache, bucket
 from djinn_fx.runtime.results import Result
 from djinn_fx.runtime.run import Run, RunOptions
 from djinn_fx.runtime.sampling import checked_seed
-from djinn_fx.runtime.scarce import memory_for
 from djinn_fx.runtime.session import Session
 from djinn_fx.runtime.stages import Recorder, Stages
 from djinn_fx.runtime.steering import Armed
 from djinn_fx.runtime.stop import Stop
-from djinn_fx.runtime.tiers import Tiers, refresh
-from djinn_fx.runtime.transfer import Parked, Transfer
+from djinn_fx.runtime.tiers import Tiers
+from djinn_fx.runtime.transfer import Transfer
 from djinn_fx.sites import Site, SiteTable
 from djinn_fx.specs import Breakpoint
 
@@ -177,7 +177,7 @@ class Engine:
         """Drop a closing session: its row is zeroed and free again."""
         self.tiers.forget(session)
         if session.resident:
-            self._vacate(session.row)
+            self.vacate(session.row)
         session.host = None
         self.sessions.remove(session)
         self.tiers.line.call()
@@ -190,25 +190,16 @@ class Engine:
             Waiting: see :class:`Tiers`.
         """
         if session.resident:
-            self.tiers.make_host_room(lambda: self.park(session))
+            self.tiers.make_host_room(lambda: park(self, session))
 
-    def park(self, session: Session, *, beyond: bool = False) -> None:
-        """:meth:`offload` into the host memory that is free now; with ``beyond``, into ordinary memory."""
-        with memory_for("a session that moves off the device"):
-            sent = self.transfer.send(session.row, session.extent, leaving=True, beyond=beyond)
-        self._drop_ahead(session.row)
-        session.host = sent.parked
-        self.arena.vacated(session.row)
-        self.tiers.expect(session)
-
-    def _drop_ahead(self, row: int) -> None:
+    def drop_ahead(self, row: int) -> None:
         """What a step launched ahead wrote into a row is gone, so it cannot serve any more."""
         if self._loop is not None:
             self._loop.drop(row)
 
-    def _vacate(self, row: int) -> None:
+    def vacate(self, row: int) -> None:
         """Zero a row and give it back."""
-        self._drop_ahead(row)
+        self.drop_ahead(row)
         self.arena.release(row)
 
     def bring_back(self, session: Session) -> None:
@@ -220,18 +211,6 @@ class Engine:
         """
         self.tiers.bring_back(session)
         self.arena.arrive(session.row)
-
-    def seat(self, session: Session, host: Parked) -> None:
-        """Begin to copy a session's KV into a free row."""
-        row = self.arena.take()[0]
-        try:
-            with memory_for("a session that comes back to the device"):
-                self.transfer.receive(host, row)
-        except BaseException:
-            self._vacate(row)
-            raise
-        session.row, session.host = row, None
-        refresh(self, session)
 
     def new_run(
         self,

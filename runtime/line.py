@@ -47,7 +47,8 @@ class Line:
 
     def first(self) -> bool:
         """Whether no other thread was here before this one."""
-        return next(iter(tuple(self._waiting)), threading.get_ident()) == threading.get_ident()
+        with self._called:
+            return next(iter(self._waiting), threading.get_ident()) == threading.get_ident()
 
     def holds(self, run: Run) -> bool:
         """Whether the thread that drives a run, or has claimed it, stands in line."""
@@ -63,7 +64,8 @@ class Line:
     def leave(self) -> None:
         """This thread is not in line any more; under the engine's lock, when it has what it waited for."""
         if threading.get_ident() in self._waiting:
-            del self._waiting[threading.get_ident()]
+            with self._called:
+                del self._waiting[threading.get_ident()]
             self.call()
 
     def wait(self, number: int, deadline: float) -> bool:
@@ -77,7 +79,8 @@ class Line:
         if left <= 0:
             return False
         if threading.get_ident() not in self._waiting:
-            self._waiting[threading.get_ident()] = None
+            with self._called:
+                self._waiting[threading.get_ident()] = None
             self.call()  # the first may have its rows now
         with self._called:
             self._called.wait_for(lambda: self.number != number and self.first(), min(left, GLANCE))

@@ -42,15 +42,14 @@ def rewind(engine: Engine, run: Run, index: int, site: Site) -> Stop:
     step = session.journal[index] if index < len(session.journal) else flight_of(run).step
     orders = {known.name: known.order for known in engine.table.sites}
     target = step.until(site.order, orders)
-    del session.journal[index:]
-    del run.records[max(0, index - run.first_step) + _drawn_first(run) :]
-    known = max(run.prompt_end, target.stop)
-    del session.token_list[known:], session.sampled[known:]
-    session.length, session.last_logits = target.start, None
-    session.steering = target.steering_at(site.order)
-    run.finished, run.finish_reason = False, None
-    run.flight = Flight(target)  # where memory runs out now, the run goes on from there
+    kept, known = max(0, index - run.first_step) + _drawn_first(run), max(run.prompt_end, target.stop)
+    start, steering, flight = target.start, target.steering_at(site.order), Flight(target)
     run.stand_at(None)
+    # No call from here on: an interrupt comes before all of this, or after it.
+    del session.journal[index:], run.records[kept:], session.token_list[known:], session.sampled[known:]
+    session.length, session.last_logits, session.steering = start, None, steering
+    run.finished, run.finish_reason = False, None
+    run.flight = flight  # where memory runs out now, the run goes on from there
     return arrive(engine, run, target, site)
 
 

@@ -6,7 +6,8 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from numbers import Real
+from typing import TYPE_CHECKING, Any, Literal
 
 from djinn_fx.errors import InvalidValue
 from djinn_fx.notebook import Shown
@@ -148,7 +149,8 @@ class Residence:
 
     @idle_hint.setter
     def idle_hint(self, seconds: float | None) -> None:
-        if seconds is not None and not 0 <= seconds < threading.TIMEOUT_MAX:
+        wanted: Any = seconds
+        if wanted is not None and not (isinstance(wanted, Real) and 0 <= float(wanted) < threading.TIMEOUT_MAX):
             raise InvalidValue(f"idle_hint={seconds!r}: give seconds, 0 or more, or None.")
         with self.engine.lock:
             self.require_open()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,6 +14,7 @@ from djinn_fx.runtime import showing
 from djinn_fx.runtime.residence import Residence
 from djinn_fx.runtime.run import Run, RunOptions
 from djinn_fx.runtime.sampling import SamplingSpec
+from djinn_fx.runtime.saved import Saved
 from djinn_fx.runtime.steering import Armed, SteerHandle, arm
 from djinn_fx.runtime.steps import Steering, Step
 from djinn_fx.sites import require_compiled
@@ -35,7 +35,8 @@ class Session(Residence, Shown):
     def __init__(self, engine: Engine, row: int, seed: int) -> None:
         super().__init__(engine, row)
         self.seed = seed
-        self.saved_path: Path | None = None  # the file from which it was recovered
+        self.saved: Saved | None = None  # where it was recovered from
+        self.settled = True  # False while those who recover it may still give it up
         self.token_list: list[int] = []
         self.sampled: list[bool] = []
         self.length = 0
@@ -268,11 +269,6 @@ class Session(Residence, Shown):
             return take_checkpoint(self, between=True)
         except CapacityError:
             return take_checkpoint(self, between=True, beyond=True)
-
-    def saved_as(self, folder: Path) -> str | None:
-        """The name of the file in ``folder`` from which it was recovered, or None."""
-        path = self.saved_path
-        return path.name if path is not None and path.parent.resolve() == folder.resolve() else None
 
     def require_open(self) -> None:
         """Raise :class:`SessionClosed` if the session was closed."""

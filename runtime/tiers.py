@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from djinn_fx.errors import CapacityError, CheckpointError, SessionClosed
 from djinn_fx.runtime.alarm import AlarmClock
+from djinn_fx.runtime.berths import park, seat
 from djinn_fx.runtime.disk import Disk, Filed
 from djinn_fx.runtime.line import Crowded, Line
-from djinn_fx.runtime.tables import BatchRow
 from djinn_fx.runtime.transfer import Parked
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ class Tiers:
         full: str | None = None  # not the error itself: its traceback would keep what lies in these frames
         for session in found:
             try:
-                self._engine.park(session)
+                park(self._engine, session)
             except CapacityError as error:
                 full = str(error)  # a shorter one may still fit
             if arena.free_rows >= count:
@@ -265,10 +265,10 @@ class Tiers:
             if ahead or len(found) < missing:
                 raise
             for other in found[: max(0, missing)]:
-                self._engine.park(other, beyond=True)
+                park(self._engine, other, beyond=True)
         for session, host in zip(away, hosts, strict=True):
             if host is not None:
-                self._engine.seat(session, host)
+                seat(self._engine, session, host)
 
     def _from_disk(self, session: Session, filed: Filed) -> Parked:
         known = self._reading.get(session)
@@ -312,13 +312,6 @@ class Tiers:
 
         with suppress(CapacityError, CheckpointError):
             self.roomy(back, patient=False)
-
-
-def refresh(engine: Engine, session: Session) -> None:
-    """Tell a prompt chunk in the air that its session has another row now."""
-    flight = None if session.run is None else session.run.flight
-    if flight is not None and flight.chunk is not None:
-        engine.executor.refresh(flight.chunk, BatchRow(session.row, flight.step))
 
 
 def _due(tiers: weakref.ref[Tiers], session: weakref.ref[Session]) -> None:

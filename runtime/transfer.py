@@ -134,7 +134,6 @@ class Transfer:
         length: int,
         extra: torch.Tensor | None = None,
         *,
-        leaving: bool = False,
         beyond: bool = False,
     ) -> Sent:
         """Begin to copy positions ``[0, length)`` of a row to the host, and one tensor with it.
@@ -144,7 +143,6 @@ class Transfer:
             length: how many positions.
             extra: contiguous, on the arena's device, not written from now on. On the CPU it is kept as it is.
             beyond: to ordinary memory that no budget counts; on CUDA the host waits for that.
-            leaving: zero the row once it is packed; the caller gives it back with :meth:`KVArena.vacated`.
 
         Raises:
             CapacityError: no host memory is left, or no device memory to stage in; nothing was begun.
@@ -159,17 +157,12 @@ class Transfer:
             if row is not None:
                 for piece in packer.pieces(length, size):
                     packer.pack(row, piece, block.tensor)
-                if leaving:
-                    packer.clear(row)
             return Sent(parked, extra, None)
         stream, compute, staging = self._ready()
         place = None
         with _current(stream, compute):
             if row is not None and length:
                 self._pack(row, length, block.tensor, staging, stream)
-            if row is not None and leaving:
-                packer.clear(row)
-                self._arena.moving(row, stream.record_event())
             if extra is not None:
                 place = block.tensor[start:].view(extra.dtype).view(extra.shape)
                 place.copy_(extra, non_blocking=True)
@@ -180,6 +173,15 @@ class Transfer:
         if extra is not None:
             self._flying.append((arrived, extra))
         return Sent(parked, place, arrived)
+
+    def leave(self, row: int) -> None:
+        """Zero a row that was sent whole, behind its packing; the caller gives it back with :meth:`KVArena.vacated`."""
+        if self._stream is None:
+            self._arena.packer.clear(row)
+            return
+        with _current(self._stream, self._compute):
+            self._arena.packer.clear(row)
+            self._arena.moving(row, self._stream.record_event())
 
     def receive(self, parked: Parked, row: int) -> None:
         """Begin to copy what was parked into a row; :meth:`KVArena.arrive` and ``on_the_way`` say when it is there.

@@ -72,8 +72,8 @@ class Recovery(Stage):
                 found = other.recover(folder)
             assert len(found) == len(names) == len(self.lives)
             for session in found:
-                assert session.saved_path is not None
-                self.compare(session, names[session.saved_path.name], ends)
+                assert session.saved is not None
+                self.compare(session, names[session.saved.path.name], ends)
 
     def compare(self, session: djinn.Session, dead: Live, ends: bool) -> None:
         """A recovered session beside what it must be, perhaps until its run ends."""

@@ -264,6 +264,12 @@ def test_compile_says_what_is_wrong_with_its_arguments() -> None:
         ({"max_length": -1}, "max_length=-1: give 1 or more"),
         ({"prefill_chunk": 0}, "prefill_chunk=0: give 1 or more"),
         ({"edit_rank": 0}, "edit_rank=0: give 1 or more"),
+        ({"max_sessions": 2.5}, "max_sessions=2.5: give 1 or more"),
+        ({"row_wait": "long"}, "row_wait='long': give seconds"),
+        ({"pinned_bytes": -1}, "pinned_bytes=-1: give a number of bytes, 0 or more"),
+        ({"pinned_bytes": "4GB"}, "pinned_bytes='4GB': give a number of bytes, 0 or more"),
+        ({"disk_bytes": float("inf")}, "disk_bytes=inf: give a number of bytes, 0 or more"),
+        ({"weights_bytes": "6GB"}, "weights_bytes='6GB': give a number of bytes, 1 or more"),
     ):
         with pytest.raises(djinn.InvalidValue, match=message):
             djinn.compile(model, **options)

@@ -35,7 +35,6 @@ def test_a_rewind_of_what_was_just_closed(dj: djinn.Dj, monkeypatch: pytest.Monk
     """Its row is another session's already, which would lose its keys and values."""
     wanted = generated(dj, prompt(9, 1), 6)
     session, others = dj.session(), []
-    begun: list[djinn.Run] = []
     run = session.generate(prompt(9), max_new_tokens=6)
     run.run_to_end()
     if end == "run":
@@ -46,17 +45,16 @@ def test_a_rewind_of_what_was_just_closed(dj: djinn.Dj, monkeypatch: pytest.Monk
     def close() -> None:
         session.close() if end == "session" else run.close()
         others.append(dj.session())
-        begun.append(
-            others[0].generate(prompt(9, 1), max_new_tokens=6, output_logits=True, breakpoints=["resid_post.1"])
-        )
+        begun = others[0].generate(prompt(9, 1), max_new_tokens=6, output_logits=True, breakpoints=["resid_post.1"])
         for _ in range(4):
-            next(begun[0])
+            next(begun)
 
     meanwhile(monkeypatch, dj, close)
     with pytest.raises(djinn.SessionClosed):
         run.rewind(9 if end == "run" else 2)
     assert others[0].row == row or end == "run"
-    assert_same(begun[0].result(), wanted)
+    assert others[0].run is not None
+    assert_same(others[0].run.result(), wanted)
     for each in (session, *others):
         each.close()
 

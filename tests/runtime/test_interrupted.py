@@ -9,6 +9,8 @@ import pytest
 import torch
 
 import djinn_fx as djinn
+from djinn_fx.runtime import driver
+from tests.bits import assert_same_bits
 from tests.runtime.mistakes import begin, beside_another, fails
 from tests.runtime.tiny import (
     CHUNK,
@@ -145,3 +147,34 @@ def test_sites_may_be_added_while_a_run_is_in_the_air(position: int) -> None:
             assert_same(run.result(), results[-1])
     assert_same(results[0], results[1])
     dj.close()
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), KeyboardInterrupt()], ids=["memory", "Ctrl-C"])
+@pytest.mark.parametrize("first", ["prompt", "forward"])
+def test_a_token_that_cannot_be_drawn_is_drawn_later(
+    dj: djinn.Dj, monkeypatch: pytest.MonkeyPatch, first: str, error: BaseException
+) -> None:
+    """The step whose end it is becomes history as a whole, with its token, or not at all."""
+    options: Any = {"max_new_tokens": NEW, "output_logits": True, "capture": ["resid_post.1"], "do_sample": True}
+
+    def begun(session: djinn.Session) -> Any:
+        if first == "forward":
+            session.forward(prompt(PROMPT)).run_to_end()
+        return session.generate(None if first == "forward" else prompt(PROMPT), **options)
+
+    with dj.session() as session:
+        wanted = begun(session).result()
+    with dj.session() as session:
+        run = begun(session)
+
+        def refuse(*_: object) -> None:
+            raise error
+
+        with monkeypatch.context() as patched:
+            patched.setattr(driver, "sample", refuse)
+            with pytest.raises(type(error)):
+                run.result()
+        assert not session.token_list[PROMPT:] and not run.records[1:]
+        found = run.result()
+        assert_same(found, wanted)
+        assert_same_bits(found.cache["resid_post.1"], wanted.cache["resid_post.1"])

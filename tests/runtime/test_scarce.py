@@ -126,6 +126,42 @@ def test_a_rewind_without_memory_goes_on_from_there(
         ended(dj, runs, wanted)
 
 
+@pytest.mark.parametrize("steps", [2, 4])
+@pytest.mark.parametrize("part", ["pack", "clear", "unpack"])
+def test_an_interrupt_in_the_middle_of_a_move_costs_nobody_a_bit(
+    dj: djinn.Dj, wanted: list[Result], monkeypatch: pytest.MonkeyPatch, part: str, steps: int
+) -> None:
+    """Ctrl-C is told to Python when a copy returns."""
+    runs, packer = begun(dj, steps), dj.engine.arena.packer
+    session, real = runs[1].session, getattr(packer, part)
+
+    def interrupted(*given: Any) -> None:
+        real(*given)
+        raise KeyboardInterrupt
+
+    if part == "unpack":
+        session.offload()
+    with monkeypatch.context() as patched:
+        patched.setattr(packer, part, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            session.pin() if part == "unpack" else session.offload()
+    assert dj.engine.arena.free_rows == 4 - sum(run.session.resident for run in runs)
+    ended(dj, runs, wanted)
+
+
+@pytest.mark.parametrize("place", ["_drawn_first", "Flight"])
+@pytest.mark.parametrize("position", [3, LONG + 1])
+def test_a_rewind_that_is_interrupted_before_it_begins(
+    dj: djinn.Dj, wanted: list[Result], monkeypatch: pytest.MonkeyPatch, place: str, position: int
+) -> None:
+    runs = begun(dj, 5)
+    with monkeypatch.context() as patched:
+        patched.setattr(moves, place, raises(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            runs[1].rewind(position, "resid_post.0")
+    ended(dj, runs, wanted)
+
+
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
@@ -189,7 +225,7 @@ def test_a_disk_that_fills_up_while_a_session_goes_there(tmp_path: Path, monkeyp
         for run in runs:
             run.rewind(3) if run.stop else run.session.watch(["resid_post.0"])
             next(run)
-        folder = dj.engine.tiers.disk._place()
+        folder = dj.engine.tiers.disk._place().path
         (folder / "1.kv").symlink_to("/dev/full")
         with pytest.raises(djinn.CapacityError, match=r"the disk refuses .* No space left on device"):
             dj.session()

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import errno
 import gc
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import djinn_fx as djinn
+from djinn_fx.runtime.disk import Folder
 from tests.runtime.tiny import another_dj, assert_same, generated, prompt
 
 LONG = 20  # tokens of a prompt; with three more that is 23 positions
@@ -68,8 +72,11 @@ def test_who_moves_first() -> None:
         second.idle_hint, fourth.idle_hint = 60.0, 3600.0
         dj.session()
         assert (second.tier, fourth.tier) == ("device", "host"), "the longest absence first"
-        with pytest.raises(djinn.InvalidValue, match="idle_hint=-1"):
-            second.idle_hint = -1
+        odd: Any
+        for odd in (-1, float("nan"), float("inf"), "5", [1], torch.tensor(3.0)):
+            with pytest.raises(djinn.InvalidValue, match="idle_hint="):
+                second.idle_hint = odd
+        assert second.idle_hint == 60.0
 
 
 def test_a_session_is_there_before_its_user(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,6 +121,38 @@ def test_from_the_disk_bit_for_bit(disk: djinn.Dj) -> None:
     with disk.restore(held) as back:
         assert back.run is not None
         assert_same(back.run.result(), wanted)
+
+
+def test_a_checkpoint_of_a_session_on_the_disk_outlives_its_model(tmp_path: Path) -> None:
+    other, dj = small(2), small(1, disk_bytes=4 * 23 * ROW, spill_dir=tmp_path / "kv")
+    sessions = begun(dj, 4)
+    assert sessions[0].tier == "disk"
+    held, wanted = sessions[0].checkpoint(), sessions[0].generate(None, max_new_tokens=4, output_logits=True).result()
+    dj.close()
+    with other.restore(held.save(tmp_path / "a.safetensors")) as back, other.restore(held) as twin:
+        for session in (back, twin):
+            assert_same(session.generate(None, max_new_tokens=4, output_logits=True).result(), wanted)
+    del held, sessions
+    gc.collect()
+    assert not list((tmp_path / "kv").iterdir())
+    other.close()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_what_a_killed_process_left_in_the_folder_goes(tmp_path: Path) -> None:
+    made = [Folder(tmp_path) for _ in range(2)]
+    (tmp_path / "djinn-kv-of somebody").mkdir()
+    process = os.fork()
+    if process == 0:
+        child = Folder(tmp_path)
+        (child.path / "1.kv").write_bytes(b"much")
+        for each in made:  # a fork has its parent's locks too
+            each._lock.close()
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(process, 0)
+    assert len(list(tmp_path.iterdir())) == 4
+    made.append(Folder(tmp_path))
+    assert {path.name for path in tmp_path.iterdir()} == {"djinn-kv-of somebody", *(each.path.name for each in made)}
 
 
 def test_a_disk_that_refuses_loses_nothing(disk: djinn.Dj, monkeypatch: pytest.MonkeyPatch) -> None:
