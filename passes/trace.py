@@ -181,7 +181,7 @@ def _check(value: Any, hint: Any) -> None:
     if not fits:
         raise TypeError(f"{str(value)[:60]!r} is no {getattr(kind, '__name__', kind)}")
     if is_dataclass(kind):
-        for name, each in _hints(kind).items():
+        for name, each in _hints(hint).items():
             _check(getattr(value, name), each)
     elif kind is tuple:
         if inner[-1] is not ... and len(value) != len(inner):
