@@ -133,9 +133,11 @@ def subject(name: str, model: nn.Module, choice: Choice, positions: int = 1024) 
     """
     source = prepare(model)
     store = CaptureStore()
-    known, query = source.config.get("max_position_embeddings"), choice.shape.query
-    if isinstance(known, int) and query > known:
-        raise InvalidValue(f"{query} tokens in a step: {name} knows {known} positions.")
+    config: Any = model.config
+    room, query = getattr(config.get_text_config(), "max_position_embeddings", None), choice.shape.query
+    if isinstance(room, int) and query > room:
+        raise InvalidValue(f"{query} tokens in a step: {name} knows {room} positions.")
+    known = source.config.get("max_position_embeddings")
     positions = max(query, min(positions, known) if isinstance(known, int) else positions)
     form: dict[str, Any] = {"dtype": source.dtype, "device": source.device}
     arenas = tuple(
