@@ -93,9 +93,9 @@ def no_model(reference: str, error: Exception, known: Sequence[str]) -> InvalidV
 
 
 def neighbours(path: Path) -> list[str]:
-    """Names beside a path that are like its own."""
+    """Names beside a path that are like its own, which is not among them."""
     try:
-        names = [each.name for each in path.parent.iterdir()]
+        names = [each.name for each in path.parent.iterdir() if each.name != path.name]
     except OSError:
         return []
     return difflib.get_close_matches(path.name, names, n=3)

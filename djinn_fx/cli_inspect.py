@@ -13,6 +13,8 @@ from rich.console import Console
 from djinn_fx.errors import DjinnError, InvalidValue
 
 if TYPE_CHECKING:
+    import torch
+
     from djinn_fx.inspecting.making import Choice, Subject
     from djinn_fx.inspecting.text import Asked
     from djinn_fx.passes.trace import Trace
@@ -56,23 +58,26 @@ def inspect(
     ] = "auto",
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="Of the weights, e.g. bfloat16; auto: the model's own.")] = "auto",
-    layers: Annotated[int | None, typer.Option(help="Another number of layers.")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Another number of layers.")] = None,
     sites: Annotated[list[str] | None, typer.Option(help="Sites to compile in; resid_post by default.")] = None,
     variant: Annotated[str, typer.Option(help="Steering to compile in: plain, armed or rank.")] = "armed",
     rows: Annotated[int, typer.Option(min=1, help="Batch rows.")] = 1,
     tokens: Annotated[int, typer.Option(min=1, help="Query tokens: 1 decodes, more is a prompt's chunk.")] = 1,
 ) -> None:
     """Show what each pass of the compiler did: graphs as Python, diffs, segments and what they cost."""
-    console = Console()
+    notes = Console(stderr=True)  # what is no part of the output, which may be JSON for another program
     where: Literal["all", "change"] = "all" if after_all else "change"
     try:
-        if after_all and after_change:
-            raise InvalidValue("--after-all and --after-change: choose one.")
+        if after_all + after_change + (after is not None) > 1:
+            raise InvalidValue("--after-all, --after-change and --after PASS: choose one.")
+        if stop_after is not None and (measure or code is not None):
+            raise InvalidValue("--measure and --code need every pass: leave --stop-after out.")
+        _writable(page, jsonl)
         from djinn_fx.inspecting.text import Asked
 
         asked = Asked(where, after, diff, layer, site)
         making = _Making(model, device, dtype, layers, sites or ["resid_post"], variant, rows, tokens)
-        trace = making.trace(console, stop_after, measure, backend, code)
+        trace = making.trace(notes, stop_after, measure, backend, code)
         if jsonl is not None:
             from djinn_fx.passes.trace import write
 
@@ -82,18 +87,19 @@ def inspect(
             from djinn_fx.inspecting.page import page as page_of
 
             page.write_text(page_of(trace), encoding="utf-8")
-            console.print(f"{page}: {page.stat().st_size:,} bytes", soft_wrap=True, markup=False)
+            notes.print(f"{page}: {page.stat().st_size:,} bytes", soft_wrap=True, markup=False)
         if as_json:
             from djinn_fx.inspecting.page import document
 
             print(json.dumps(document(trace), indent=1))
         elif code is not None:
-            print(*trace.code.values(), sep="\n")
+            for name, text in trace.code.items():
+                print(f"# == {name} ==\n{text}")
         elif failed or not (on_failure or page or jsonl):
-            _show(trace, asked, summary, console)
+            _show(trace, asked, summary, Console())
     except (DjinnError, OSError, ValueError) as error:
-        console.print(f"[bold red]{type(error).__name__}[/bold red]: ", end="")
-        console.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        notes.print(f"[bold red]{type(error).__name__}[/bold red]: ", end="")
+        notes.print(str(error), markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(2) from error
     if failed:
         raise typer.Exit(1)
@@ -113,6 +119,14 @@ def _show(trace: Trace, asked: Asked, summary: bool, console: Console) -> None:
         console.print(explained)
     else:
         print(explained)
+
+
+def _writable(*files: Path | None) -> None:
+    """Refuse, before anything is computed, files that could not be written."""
+    for file in files:
+        if file is not None and (file.is_dir() or not file.parent.is_dir()):
+            what = "is a folder; name a file in it" if file.is_dir() else f"there is no folder {file.parent}"
+            raise InvalidValue(f"cannot write {file}: {what}.")
 
 
 class _Making:
@@ -142,7 +156,7 @@ class _Making:
         from djinn_fx.inspecting.making import is_trace, read_trace, trace_of
 
         if is_trace(self.model):
-            if measure or code or stop_after:
+            if measure or code is not None or stop_after is not None:
                 raise InvalidValue(
                     "a recorded trace holds no weights: --measure, --code and --stop-after need a model."
                 )
@@ -154,11 +168,11 @@ class _Making:
         with console.status(f"capturing {self.model}") as status:
             what = self._subject(measure)
             trace = trace_of(what, self.choice, stop_after)
-            if trace.failure is None and measure and stop_after is None:
+            if trace.failure is None and measure:
                 from djinn_fx.inspecting.measuring import measure as measured
 
                 trace = replace(trace, costs=measured(what, self.choice, backend, status.update))
-            if trace.failure is None and code is not None and stop_after is None:
+            if trace.failure is None and code is not None:
                 status.update("Inductor generates code")
                 trace = replace(trace, code=_code(what, self.choice, code))
         return trace
@@ -172,6 +186,7 @@ class _Making:
 
         if self.dtype != "auto" and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
             raise InvalidValue(f"--dtype {self.dtype!r}: name one of torch's, e.g. float32 or bfloat16.")
+        device = _device(self.device)
         config: Any = configuration(self.model)
         if config is None:
             from djinn_fx import bundled
@@ -181,14 +196,30 @@ class _Making:
             )
         dtype = getattr(config, "dtype", None) or torch.float32 if self.dtype == "auto" else getattr(torch, self.dtype)
         if filled:
-            model = load(self.model, torch.device(self.device), dtype, layers=self.layers).model
+            model = load(self.model, device, dtype, layers=self.layers).model
         else:
             if self.layers is not None:
                 config.get_text_config().num_hidden_layers = self.layers
             config.dtype = dtype
-            with torch.device(self.device):
+            with device:
                 model = hollow(config)
         return subject(self.model.rstrip("/").rpartition("/")[2], model, self.choice)
+
+
+def _device(name: str) -> torch.device:
+    """The device of a name.
+
+    Raises:
+        InvalidValue: there is no such device here.
+    """
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InvalidValue(f"--device {name!r}: {str(error).splitlines()[0]}.") from error
+    return device
 
 
 def _code(what: Subject, choice: Choice, wanted: str) -> dict[str, str]:

@@ -33,6 +33,9 @@ TRANSFORMER_LENS: Mapping[str, str] = {
     "attn.hook_z": "attn_z",
     "mlp.hook_post": "mlp_act",
 }
+#: Stars of a glob; matching one takes time that grows with each.
+_MOST_STARS = 8
+
 _LENS_BLOCK = re.compile(r"^blocks\.(?P<layer>[^.]+)\.(?P<hook>.+)$")
 _LENS_TOP: Mapping[str, str] = {"hook_embed": "embed", "ln_final.hook_normalized": "final_norm"}
 
@@ -160,12 +163,14 @@ class SiteTable:
 
     def _expand(self, pattern: str) -> Sequence[Site]:
         index: dict[str, Site] = self._index  # type: ignore[attr-defined]
-        wanted = from_transformer_lens(pattern)
+        wanted = re.sub(r"\*{3,}", "**", from_transformer_lens(pattern))
         if wanted in index:
             return (index[wanted],)
         if wanted == "*":
             roles = [site for site in self.sites if site.role is not None]
             return roles or [site for site in self.sites if not site.name.endswith(":in")]
+        if len(re.findall(r"\*+", wanted)) > _MOST_STARS:
+            raise UnknownSite(f"{pattern[:40]!r}...: a glob takes up to {_MOST_STARS} stars.")
         rule = _glob(wanted) if "*" in wanted or "?" in wanted else rf"{re.escape(wanted)}\.\d+"
         found = [site for name, site in index.items() if re.fullmatch(rule, name)]
         if found:

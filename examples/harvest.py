@@ -79,7 +79,10 @@ def windows(text: Path, tokenizer: Any, length: int) -> Iterator[Window]:
     with text.open("rb") as file:
         for line, raw in enumerate(file):
             end += len(raw)
-            words = raw.decode("utf-8").strip()
+            try:
+                words = raw.decode("utf-8").strip()
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{text}, line {line + 1}: no UTF-8 at byte {error.start} of it.") from error
             tokens = tokenizer(words, verbose=False)["input_ids"] if words else []
             for start in range(0, len(tokens), length):
                 yield Window(line, tuple(tokens[start : start + length]), end)
@@ -188,7 +191,8 @@ def harvest(
         the index, as ``index.json`` has it.
 
     Raises:
-        ValueError: the folder holds the harvest of another model (by its name), text or plan.
+        ValueError: the folder holds the harvest of another model (by its name), text or plan, or its index is damaged;
+            or the text is no UTF-8.
     """
     out.mkdir(parents=True, exist_ok=True)
     index = _begin(out, {"format": FORMAT, "model": model, "text": _digest(text), "plan": asdict(plan)})
@@ -242,16 +246,19 @@ def _begin(out: Path, head: dict[str, Any]) -> dict[str, Any]:
     """The index of a harvest that was begun, or a new one.
 
     Raises:
-        ValueError: it belongs to another one.
+        ValueError: it belongs to another one, or is damaged.
     """
     head = json.loads(json.dumps(head))
     if not (out / INDEX).exists():
         return {**head, "shards": [], "complete": False}
-    index: dict[str, Any] = json.loads((out / INDEX).read_text(encoding="utf-8"))
+    try:
+        index: dict[str, Any] = json.loads((out / INDEX).read_text(encoding="utf-8"))
+        whole = [(out / shard["file"]).exists() for shard in index["shards"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{out / INDEX} is damaged; choose another folder, or empty this one.") from error
     other = [key for key, value in head.items() if index.get(key) != value]
     if other:
         raise ValueError(f"{out} holds a harvest with another {', '.join(other)}; choose another folder.")
-    whole = [(out / shard["file"]).exists() for shard in index["shards"]]
     index["shards"] = index["shards"][: whole.index(False) if False in whole else None]
     return index
 
@@ -302,7 +309,12 @@ def main(
         more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
         some = ", ".join(map(repr, unknown[:8]))
         console.print(f"note: the model does not know {some}{more}, and reads its unknown token instead", markup=False)
-    network.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise typer.BadParameter(f"no device {device!r} here: {str(error).splitlines()[0]}.") from error
+    network.to(device)
     # One session's KV is kept, as this opens none; a window is one chunk.
     dj = djinn.compile(network, tokenizer=tokenizer, max_sessions=1, max_length=length, prefill_chunk=length)
     plan = Plan(tuple(sites or Plan.sites), length, rows, batches, skip, dtype)
@@ -315,8 +327,8 @@ def main(
             index = harvest(
                 dj, tokenizer, text, out, plan, model=model, progress=lambda end: bar.update(task, completed=end)
             )
-    except (djinn.DjinnError, ValueError) as error:
-        console.print(f"[bold red]{type(error).__name__}[/bold red]: {error}")
+    except (djinn.DjinnError, ValueError, OSError) as error:
+        console.print(f"{type(error).__name__}: {error}", style="bold red", markup=False)
         raise typer.Exit(2) from error
     print(f"{index['tokens']} tokens in {len(index['shards'])} shards in {out}")
 

@@ -11,9 +11,11 @@ import os
 import secrets
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, astuple, dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, field, is_dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 
@@ -142,7 +144,7 @@ def read(path: Path) -> Trace:
         if not last.get("end"):
             raise ValueError("the last line is missing")
         failure = None if last["failure"] is None else Failure(**last["failure"])
-        return Trace(
+        trace = Trace(
             first["model"],
             tuple(first["shape"]),
             first["variant"],
@@ -152,6 +154,8 @@ def read(path: Path) -> Trace:
             tuple(SegmentCost(**each) for each in last["costs"]),
             last["code"],
         )
+        _check(trace, Trace)
+        return trace
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, InvalidValue):
             raise
@@ -159,6 +163,39 @@ def read(path: Path) -> Trace:
             f"{path}: not a whole trace ({type(error).__name__}: {error}). Traces are the .jsonl files that "
             f"{VARIABLE}=folder or `djinn-fx inspect MODEL --jsonl FILE` writes."
         ) from error
+
+
+def _check(value: Any, hint: Any) -> None:
+    """Refuse a value that is not of its type; of dataclasses, tuples and mappings also what they hold.
+
+    Raises:
+        TypeError: which one.
+    """
+    origin, inner = get_origin(hint), get_args(hint)
+    kind: Any = origin or hint
+    if origin is UnionType:
+        if value is not None:
+            _check(value, next(each for each in inner if each is not type(None)))
+        return
+    fits: bool = isinstance(value, (int, float) if kind is float else kind)
+    if not fits:
+        raise TypeError(f"{str(value)[:60]!r} is no {getattr(kind, '__name__', kind)}")
+    if is_dataclass(kind):
+        for name, each in _hints(hint).items():
+            _check(getattr(value, name), each)
+    elif kind is tuple:
+        if inner[-1] is not ... and len(value) != len(inner):
+            raise TypeError(f"{value!r} has not {len(inner)} parts")
+        for each in value:
+            _check(each, inner[0])
+    elif kind is Mapping:
+        for each in value.values():
+            _check(each, inner[1])
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
 
 
 def _lines(trace: Trace) -> Iterator[dict[str, Any]]:

@@ -60,7 +60,9 @@ def write_file(
         _write_url(os.fspath(path), held, metadata)
         return os.fspath(path)
     target = local(path)
-    draft = target.parent / f".{target.name}.{secrets.token_hex(4)}.tmp"
+    if not target.name:
+        raise CheckpointError(f"cannot write the checkpoint {os.fspath(path)!r}: it names a folder. Name a file in it.")
+    draft = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         draft.touch()
         mode = draft.stat().st_mode  # as the user's umask wants it; safetensors would keep the file from everyone else

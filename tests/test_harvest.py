@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
 import djinn_fx as djinn
 from djinn_fx.bundled import storyteller
-from examples.harvest import INDEX, UNFINISHED, Plan, harvest, load, windows
+from examples.harvest import INDEX, UNFINISHED, Plan, harvest, load, main, windows
 from tests.bits import assert_same_bits
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -122,6 +124,33 @@ def test_another_harvest_is_not_mixed_in(text: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="another text"):
         harvest(*compiled(), text, out, PLAN)
     assert files(out) == before
+
+
+@pytest.mark.parametrize("content", ["", '{"x":', "[]", '{"shards": [1]}'])
+def test_a_damaged_index_is_told_and_left(text: Path, tmp_path: Path, content: str) -> None:
+    (tmp_path / INDEX).write_text(content)
+    with pytest.raises(ValueError, match=r"index\.json is damaged"):
+        harvest(*compiled(), text, tmp_path, PLAN)
+    assert (tmp_path / INDEX).read_text() == content
+
+
+def test_a_line_that_is_no_utf8_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"The sky\n\nAnna \xff\n")
+    with pytest.raises(ValueError, match=r"a\.txt, line 3: no UTF-8 at byte 5"):
+        harvest(*compiled(), tmp_path / "a.txt", tmp_path / "out", PLAN)
+
+
+def test_mistakes_on_the_command_line_are_told(text: Path, tmp_path: Path) -> None:
+    app = typer.Typer()
+    app.command()(main)
+    for arguments, said in (
+        (["--sites", "zzz[/x]"], "no site 'zzz[/x]'"),
+        (["--device", "foo"], "no device 'foo'"),
+        (["--out", str(text)], "File exists"),
+    ):
+        done = CliRunner().invoke(app, [str(text), "--out", str(tmp_path / "out"), "--length", "16", *arguments])
+        assert done.exit_code == 2, done.output
+        assert said in done.output.replace("\n", " ")
 
 
 def test_skipped_positions_and_another_dtype(text: Path, tmp_path: Path) -> None:

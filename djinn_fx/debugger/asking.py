@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from djinn_fx.debugger import forking, points, shows
 from djinn_fx.debugger.expressions import explain
 from djinn_fx.debugger.lens import lens_at
+from djinn_fx.debugger.words import listed
 from djinn_fx.errors import InvalidValue
 from djinn_fx.runtime import wording
 from djinn_fx.runtime.wording import nbytes, word
@@ -39,8 +40,7 @@ def nan(d: Debugger, rest: str) -> None:
     if found is None:
         d.write("all finite")
         return
-    where = ", ".join(map(str, found[1][:8])) + (", ..." if len(found[1]) > 8 else "")
-    d.write(f"first non-finite: {found[0]}, position{'s' * (len(found[1]) > 1)} {where}")
+    d.write(f"first non-finite: {found[0]}, {listed(found[1])}")
 
 
 def receipt(d: Debugger, rest: str) -> None:

@@ -19,11 +19,11 @@ class TooLarge(ValueError):
 
 @dataclass(frozen=True)
 class Sized:
-    """A function whose result may be larger than its arguments.
+    """A function that may need more memory than its arguments and its result show.
 
     Attributes:
         function: what is called.
-        size: elements of its result, from its arguments.
+        size: elements of the most that it makes, from its arguments.
     """
 
     function: Callable[..., Any]
@@ -51,7 +51,7 @@ class Budget:
         if isinstance(function, Sized):
             self._allow(function.size(*args, **options))
             function = function.function
-        elif math.prod(max(1, t.numel()) for t in _tensors((args, options))) > self.each:
+        if math.prod(max(1, t.numel()) for t in _tensors((args, options))) > self.each:
             self._allow(_size_of(function, args, options))
         result = function(*args, **options)
         self.left -= sum(tensor.numel() for tensor in _tensors(result))

@@ -105,6 +105,8 @@ def _literal(value: float) -> str:
 
 def unsteer(d: Debugger, rest: str) -> None:
     """End an edit."""
+    if not rest:
+        raise InvalidValue("give a site: unsteer resid_post.1.")
     site, handles = d.dj.sites.get(rest).name, d.session.handles
     if site not in handles:
         raise InvalidValue(f"{site} is not steered here; steered: {', '.join(handles) or 'nothing'}.")

@@ -95,7 +95,10 @@ COMMANDS: tuple[Command, ...] = (
     Command("lens", "", "the logit lens over the layers, for this step as it is now", asking.lens, ("lens",)),
     Command("nan", "", "the first site of this session with a NaN or an infinity", asking.nan, ("nan",)),
     Command("save", "FILE", "checkpoint the current session", forking.save, ("save a.safetensors",)),
-    Command("load", "FILE", "restore a checkpoint as another fork", forking.load, ("load a.safetensors",)),
+    Command(
+        "load", "FILE [anyway]", "restore a checkpoint as another fork; anyway: though sites differ", forking.load,
+        ("load a.safetensors", "load a.safetensors anyway"),
+    ),
     Command("receipt", "", "how exact the compiled model was measured to be", asking.receipt, ("receipt",)),
     Command("memory", "", "bytes by component", asking.memory, ("memory",)),
     Command(

@@ -8,6 +8,7 @@ tensors. Beside its value an expression yields the Python that gives the same, w
 from __future__ import annotations
 
 import ast
+import math
 import operator
 from collections.abc import Mapping
 from typing import Any
@@ -149,7 +150,7 @@ class _Evaluator:
         if type(node.op) not in BINARY:
             raise _refused(node, "this operator is not allowed; for logic write `and`, `or`, `not`.")
         whole = isinstance(node.op, ast.Pow) and isinstance(left, int) and isinstance(right, int)
-        if whole and abs(left) > 1 and right * left.bit_length() > MAX_BITS:
+        if whole and abs(left) > 1 and right * math.log2(abs(left)) > MAX_BITS:
             raise _refused(node, "a whole number beyond 64 bits; write it as a float, such as 2.0**70.")
         return self.budget.call(BINARY[type(node.op)], left, right), ast.BinOp(left_said, node.op, right_said)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from djinn_fx.debugger.words import number
 from djinn_fx.diff import diff
-from djinn_fx.errors import InvalidValue
+from djinn_fx.errors import CheckpointError, InvalidValue
 from djinn_fx.runtime.wording import nbytes
 
 if TYPE_CHECKING:
@@ -83,15 +83,21 @@ def save(d: Debugger, rest: str) -> None:
 
 
 def load(d: Debugger, rest: str) -> None:
-    """Restore a checkpoint as another fork."""
-    if not rest:
+    """Restore a checkpoint as another fork; ``anyway``: also one of another environment, such as other sites."""
+    name = rest.removesuffix(" anyway")
+    if not name:
         raise InvalidValue("give a file: load a.safetensors.")
-    path = str(Path(rest).expanduser())
-    session = d.dj.restore(path, breakpoints=d.specs())
+    path, exact = str(Path(name).expanduser()), name == rest
+    try:
+        session = d.dj.restore(path, breakpoints=d.specs(), exact=exact)
+    except CheckpointError as error:
+        if "exact=False" not in str(error):
+            raise
+        raise CheckpointError(f"{error} Here that is `load {name} anyway`.") from error
     made = max(d.sessions, default=0) + 1
     d.sessions[made], d.current = session, made
     d.say_python(
-        f"s{made} = dj.restore({path!r}, breakpoints={d.specs_python()})",
+        f"s{made} = dj.restore({path!r}, breakpoints={d.specs_python()}{'' if exact else ', exact=False'})",
         f"run{made} = s{made}.run",
         f"stop{made} = run{made}.stop if run{made} else None",
     )

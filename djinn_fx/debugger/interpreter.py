@@ -17,8 +17,9 @@ from djinn_fx.debugger.bounds import Sized
 from djinn_fx.debugger.conditions import SUMMARIES, summaries
 from djinn_fx.debugger.expressions import ExpressionError, parse
 from djinn_fx.debugger.points import Point
+from djinn_fx.debugger.words import listed
 from djinn_fx.dj import Dj
-from djinn_fx.errors import DjinnError
+from djinn_fx.errors import DjinnError, InvalidValue
 from djinn_fx.runtime.run import Run
 from djinn_fx.runtime.session import Session
 from djinn_fx.runtime.stop import Stop
@@ -73,7 +74,10 @@ class Debugger:
         self.history.append(line)
         word, _, rest = line.partition(" ")
         try:
-            commands.find(word).act(self, rest.strip())
+            command = commands.find(word)
+            if rest.strip() and not command.usage:
+                raise CommandError(f"{command.name} takes nothing behind it, but was given {rest.strip()[:40]!r}.")
+            command.act(self, rest.strip())
         except ExpressionError as error:
             self.write(f"error: {error}")
         except (DjinnError, OSError, torch.OutOfMemoryError) as error:
@@ -147,8 +151,10 @@ class Debugger:
         }  # fmt: skip
         return {**fixed, **(summaries(parse(source), h[-1]) if source else {})}
 
-    def _unembedded(self, h: torch.Tensor) -> int:
+    def _unembedded(self, h: object = None, *rest: object) -> int:
         """Elements of the logits of some residuals."""
+        if not isinstance(h, torch.Tensor) or rest:
+            raise InvalidValue("unembed takes a residual: unembed(h[-1]).")
         return h.numel() // max(1, h.shape[-1] if h.dim() else 1) * self.dj.engine.options.vocab_size
 
     def python_names(self) -> dict[str, str]:
@@ -220,6 +226,8 @@ class Debugger:
         for number in hit:
             self.points[number].hits += 1
         names = f"breakpoint{'s' * (len(hit) > 1)} {', '.join(map(str, hit))}: " if hit else ""
+        if names and len(stop.fired) < len(stop.positions):
+            names = f"{names[:-2]}, which held at {listed(stop.fired)}: "
         self.write((names or ("interrupted: " if self.asked else "")) + shows.stopped(stop, self.dj))
         gone = [number for number in hit if self.points[number].temporary]
         for number in gone:

@@ -113,7 +113,9 @@ def _rewound(stop: Stop, position: int, before: _Past, now: _Past) -> str:
     """Where a rewind went, and what it dropped."""
     first, last = stop.positions[0], stop.positions[-1]
     place = f"rewound to position {position}"
-    if first != last:
+    if not first <= position <= last:
+        place = f"rewound to the step of position {position}; {stop.site} is kept there at {between(first, last)} alone"
+    elif first != last:
         place += f", in the prompt's step, which computes {between(first, last)} together"
     lost = [between(now.tokens, before.tokens - 1)] if now.tokens < before.tokens else []
     lost += [f"the edit of {edit}" for edit in before.edits if edit not in now.edits]

@@ -3,21 +3,39 @@
 from __future__ import annotations
 
 import ast
+import math
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
+from djinn_fx.debugger.bounds import Sized
+
 
 def _cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.cosine_similarity(a.float(), b.float(), dim=-1)
 
 
+def _spread(a: torch.Tensor, b: torch.Tensor) -> int:
+    """Elements of two tensors' products: those that a sum over the last dimension is made of."""
+    return math.prod(torch.broadcast_shapes(a.shape, b.shape))
+
+
+def _product(a: Any, b: Any) -> int:
+    """Elements of a matrix product, and of each side as PyTorch copies it for every batch of the other."""
+    if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)) or max(a.dim(), b.dim()) < 3:
+        return 0  # no copies; who calls it sizes the result
+    left, right = (a if a.dim() > 1 else a[None]), (b if b.dim() > 1 else b[:, None])
+    batch = math.prod(torch.broadcast_shapes(left.shape[:-2], right.shape[:-2]))
+    rows, inner, columns = left.shape[-2], left.shape[-1], right.shape[-1]
+    return int(batch * max(rows * inner, inner * columns, rows * columns))
+
+
 #: Functions by name: what is called, and how Python says it; ``{0}`` and on stand for the arguments, if there are any.
-FUNCTIONS: Mapping[str, tuple[Callable[..., Any], str]] = {
+FUNCTIONS: Mapping[str, tuple[Callable[..., Any] | Sized, str]] = {
     "norm": (torch.linalg.vector_norm, "torch.linalg.vector_norm"),
-    "cosine": (_cosine, "torch.nn.functional.cosine_similarity({0}.float(), {1}.float(), dim=-1)"),
+    "cosine": (Sized(_cosine, _spread), "torch.nn.functional.cosine_similarity({0}.float(), {1}.float(), dim=-1)"),
     **{
         name: (getattr(torch, name), f"torch.{name}")
         for name in (
@@ -38,9 +56,10 @@ METHODS = frozenset((
 FIELDS = frozenset(("T", "mT", "dtype", "indices", "shape", "values"))
 KEYWORDS = frozenset(("dim", "keepdim", "k", "largest", "min", "max", "descending"))
 
-BINARY: Mapping[type[ast.operator], Callable[[Any, Any], Any]] = {
+BINARY: Mapping[type[ast.operator], Callable[[Any, Any], Any] | Sized] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow, ast.MatMult: operator.matmul,
+    ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow,
+    ast.MatMult: Sized(operator.matmul, _product),
 }  # fmt: skip
 
 COMPARE: Mapping[type[ast.cmpop], Callable[[Any, Any], Any]] = {

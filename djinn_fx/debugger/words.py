@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from djinn_fx.errors import InvalidValue
 
@@ -33,6 +34,12 @@ def amount(text: str, what: str) -> float:
         return float(text)
     except ValueError:
         raise InvalidValue(f"{text!r} is no {what}; give a number, such as 0.5.") from None
+
+
+def listed(positions: Sequence[int], most: int = 8) -> str:
+    """Positions by number, the first few of many."""
+    shown = ", ".join(map(str, positions[:most])) + (", ..." if len(positions) > most else "")
+    return f"position{'s' * (len(positions) > 1)} {shown}"
 
 
 def between(first: int, last: int) -> str:

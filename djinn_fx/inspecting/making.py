@@ -97,13 +97,22 @@ def read_trace(path: Path) -> Trace:
 
 
 def hollow(config: Any) -> nn.Module:
-    """A causal language model of a configuration, its weights never written: memory that nobody touches costs none."""
+    """A causal language model of a configuration, its weights never written: memory that nobody touches costs none.
+
+    Raises:
+        InvalidValue: the configuration is another kind of model's.
+    """
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
     dtype = getattr(config, "dtype", None) or torch.float32
-    with no_init_weights():
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    try:
+        with no_init_weights():
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        raise InvalidValue(f"{config.model_type} is no causal language model of transformers.") from error
     model.tie_weights()
     found: nn.Module = model.eval()
     return found
@@ -116,15 +125,20 @@ def subject(name: str, model: nn.Module, choice: Choice, positions: int = 1024) 
         name: for people.
         model: a causal language model; its weights are shared, never copied.
         choice: which program will be asked for.
-        positions: of the KV arenas.
+        positions: of the KV arenas; more where a step has more.
 
     Raises:
         CaptureError: it cannot be captured.
+        InvalidValue: a step has more tokens than the model has positions.
     """
     source = prepare(model)
     store = CaptureStore()
+    config: Any = model.config
+    room, query = getattr(config.get_text_config(), "max_position_embeddings", None), choice.shape.query
+    if isinstance(room, int) and query > room:
+        raise InvalidValue(f"{query} tokens in a step: {name} knows {room} positions.")
     known = source.config.get("max_position_embeddings")
-    positions = min(positions, known) if isinstance(known, int) else positions
+    positions = max(query, min(positions, known) if isinstance(known, int) else positions)
     form: dict[str, Any] = {"dtype": source.dtype, "device": source.device}
     arenas = tuple(
         (

@@ -169,7 +169,8 @@ def test_a_damaged_file_loses_nothing(debugger: Debugger, out: list[str], tmp_pa
     path.write_bytes(content)
     assert debugger.run_script(["b resid_post.1", "r"]) == 0
     for line in (f"steer resid_post.1 add {path}", f"steer resid_post.1 ablate {path}", f"load {path}",
-                 f"steer resid_post.1 add {tmp_path}", f"load {tmp_path}", f"save {tmp_path}/no/a.file"):  # fmt: skip
+                 f"steer resid_post.1 add {tmp_path}", f"load {tmp_path}", f"save {tmp_path}/no/a.file", "save .",
+                 "save /"):  # fmt: skip
         assert not debugger.execute(line) and out[-1].startswith("error: "), line
         assert "defect" not in out[-1], out[-1]
     assert debugger.execute("continue")
@@ -271,3 +272,36 @@ def test_a_model_that_is_not_there_is_told_its_neighbours(tmp_path: Path, argume
     told = CliRunner().invoke(app, [word.format(wrong) for word in arguments], input="run\n")
     text = "".join(told.output.split())  # lines are broken anywhere
     assert told.exit_code == 2 and f"InvalidValue:nomodel'{wrong}':nearest:{wrong}l.Builtin:" in text
+
+
+def test_a_checkpoint_of_other_sites_is_loaded_where_that_is_meant(
+    dj: djinn.Dj, debugger: Debugger, out: list[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "a.safetensors"
+    assert debugger.run_script(["b resid_post.1", "r", f"save {path}"]) == 0
+    new = next(name for name in ("mlp_act.3", "attn_z.3", "attn_q.3") if name not in dj.compiled_sites)
+    assert debugger.execute(f"b {new}")
+    assert not debugger.execute(f"load {path}") and out[-1].endswith(f"`load {path} anyway`.")
+    assert debugger.execute(f"load {path} anyway") and out[-1].splitlines()[-1].startswith("*2")
+    assert debugger.execute("continue")
+
+
+def test_a_prompts_stop_says_where_the_condition_held(debugger: Debugger, out: list[str]) -> None:
+    assert debugger.run_script(["b resid_post.1 if h[0] > 1e9 or h[0] < 9", "r"]) == 0
+    assert "breakpoint 1: stopped after" in out[-1]  # at every position: nothing to tell
+    assert debugger.run_script(["delete", "rewind 0 resid_post.0", "p h.float().norm(dim=-1).argmax()"]) == 0
+    at, most = out[-1], float(debugger.stop.value.norm(dim=-1).max())
+    assert debugger.run_script([f"b resid_post.0 if norm >= {most - 1e-3}", "r"]) == 0
+    assert f"which held at position {at}: stopped after resid_post.0, prompt, position 10" in out[-1]
+
+
+def test_what_stands_behind_a_command_that_takes_nothing_is_refused(debugger: Debugger, out: list[str]) -> None:
+    assert debugger.run_script(["b resid_post.1", "r"]) == 0
+    for line in ("continue 5", "quit now", "unsteer"):
+        assert not debugger.execute(line) and "defect" not in out[-1]
+    assert not debugger.done and debugger.stop.site == "resid_post.1"
+
+
+def test_a_rewind_to_where_a_site_keeps_the_last_position_only_says_so(debugger: Debugger, out: list[str]) -> None:
+    assert debugger.run_script(["b resid_post.1", "r", "rewind 3 logits"]) == 0
+    assert out[-2].startswith("rewound to the step of position 3; logits is kept there at position 10 alone")

@@ -130,6 +130,8 @@ X = torch.zeros(1 << 13)
         "x[:, None] ** x",
         "cosine(x[:, None, None], x[:, None])",
         "unembed(x[:, None][:, y[:9]])",
+        "cosine(w, w[:, 0])",
+        "w[:, None] @ w[:, 0][:, :, None]",
     ],
 )
 def test_results_too_large_are_refused_before_they_are_made(source: str) -> None:
@@ -141,6 +143,7 @@ def test_results_too_large_are_refused_before_they_are_made(source: str) -> None
 
     names = {
         "x": X, "h": torch.zeros(4, 1 << 12), "y": torch.zeros(1 << 13, dtype=torch.long), "g": torch.zeros(2, 2),
+        "w": torch.zeros(1 << 12, 1, 64),
         "unembed": Sized(unembed, lambda h: h.numel() * 1000),
     }  # fmt: skip
     with pytest.raises(ExpressionError, match="elements"):

@@ -133,6 +133,18 @@ def test_a_trace_survives_a_file(tmp_path: Path) -> None:
         read_trace(tmp_path / "b.jsonl")
 
 
+@pytest.mark.parametrize(
+    "damage", ['"seconds":"x"', '"segments":[7]', '"verdict":null', '"after":[["q","a","a","a","a","a","a","a","a"]]']
+)
+def test_a_trace_with_values_of_other_types_is_refused(tmp_path: Path, damage: str) -> None:
+    path = write(trace("llama-4"), tmp_path / "a.jsonl")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    lines[2] = json.dumps(json.loads(lines[2]) | json.loads(f"{{{damage}}}"))
+    path.write_text("\n".join(lines), encoding="utf-8")
+    with pytest.raises(InvalidValue, match="not a whole trace"):
+        read(path)
+
+
 def test_segments_are_measured() -> None:
     costs = measure(made("llama-4"), Choice(), "eager", lambda text: None)
     assert [cost.name for cost in costs] == [f"segment_{i}" for i in range(5)]

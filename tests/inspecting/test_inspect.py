@@ -77,10 +77,31 @@ def test_built_in_shapes_of_any_depth() -> None:
         (["--dtype", "float31"], "name one of torch's"),
         (["--sites", "resid_most"], "no site"),
         (["--measure", "--backend", "c"], "choose auto, eager or inductor"),
+        (["--after-all", "--after", "split"], "choose one"),
+        (["--stop-after", "roles", "--measure"], "leave --stop-after out"),
+        (["--device", "foo"], "--device 'foo'"),
+        (["--layers", "-3"], "--layers"),
+        (["--tokens", "300"], "storyteller knows 256 positions"),
+        (["--html", "no/page.html"], "there is no folder no"),
+        (["--jsonl", "."], "is a folder"),
     ],
 )
 def test_mistakes_are_named(arguments: list[str], words: str) -> None:
     assert words in shown(*arguments, code=2)
+
+
+def test_what_is_no_json_is_written_elsewhere(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["inspect", "--json", "--html", str(tmp_path / "page.html")])
+    assert json.loads(done.stdout)["model"] == "storyteller"
+    assert "page.html" in done.stderr
+    assert CliRunner().invoke(app, ["inspect", "--json", "--variant", "arm"]).stdout == ""
+
+
+def test_a_model_of_another_kind_is_refused(tmp_path: Path) -> None:
+    from transformers import T5Config
+
+    T5Config(vocab_size=96).save_pretrained(tmp_path)
+    assert "t5 is no causal language model" in shown(str(tmp_path), code=2)
 
 
 def test_a_program_is_recorded_where_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,5 +170,6 @@ def test_a_segment_is_found_by_number_name_or_site() -> None:
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler on the CPU")
 def test_inductors_code_is_one_flag_away() -> None:
     code = shown("--code", "4")
+    assert code.startswith("# == segment_4 ==")
     assert "extern_kernels.mm" in code or "extern_kernels.addmm" in code
     assert count_launches(code) >= 2

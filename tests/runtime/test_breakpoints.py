@@ -52,6 +52,12 @@ def test_a_prompt_of_one_token_is_a_prompt(one: djinn.Dj) -> None:
     assert phases == ["prompt", "generated", "generated"]
 
 
+def test_a_glob_of_many_stars_is_refused_at_once(both: djinn.Dj) -> None:
+    assert len(both.sites.select("*" * 5000 + "attn_out.*")) >= 2
+    with pytest.raises(djinn.UnknownSite, match="up to 8 stars"):
+        both.sites.select("**?" * 40 + "x")
+
+
 def test_globs_roles_aliases_and_paths(both: djinn.Dj) -> None:
     names = [site for _, site in places(both, "resid_post.*", "blocks.0.attn.hook_z", length=4, new=1)]
     assert names == ["attn_z.0", "resid_post.0", "resid_post.1"]
