@@ -265,10 +265,16 @@ def _place(step: Step, steering: Steering) -> tuple[object, ...]:
     return (step.sampled[0], step.start == step.last_prompt) if worded else (step.sampled[0], step.start)
 
 
+#: CUDA's copy of many tensors takes these through fp32, and another NaN comes out than went in.
+_NARROW = frozenset((torch.bfloat16, torch.float16))
+
+
 def copy_all(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
-    """Copy many tensors with few launches, those of one dtype together."""
+    """Copy many tensors bit for bit with few launches, those of one dtype together."""
     by_dtype: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
     for target, source in zip(targets, sources, strict=True):
+        if target.dtype in _NARROW and source.dtype == target.dtype:
+            target, source = target.view(torch.int16), source.view(torch.int16)
         pair = by_dtype.setdefault(target.dtype, ([], []))
         pair[0].append(target)
         pair[1].append(source)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 import djinn_fx as djinn
+from djinn_fx.runtime.bits import same_bits
+from djinn_fx.runtime.lanes import copy_all
 from djinn_fx.runtime.stages import Stage
 from tests.bits import assert_same_bits
 from tests.runtime.tiny import NEW, another_dj, direction, generated, guarded, prompt
@@ -176,3 +178,14 @@ def test_stages_stay_within_their_bound() -> None:
         found = run.result().tokens
     assert found.tolist() == generated(own, ONE, 2).tokens.tolist()
     own.close()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_copies_keep_every_bit_of_a_nan(dtype: torch.dtype, device: str) -> None:
+    """Through a wider type another NaN comes out than went in."""
+    patterns = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(device)
+    whole = patterns.view(torch.float32) if dtype == torch.float32 else patterns.to(torch.int16).view(dtype)
+    targets = [torch.empty_like(whole), torch.empty_like(whole[::2])]
+    copy_all(targets, [whole, whole[::2]])
+    assert same_bits(targets[0], whole) and same_bits(targets[1], whole[::2])
