@@ -189,3 +189,22 @@ def test_copies_keep_every_bit_of_a_nan(dtype: torch.dtype, device: str) -> None
     targets = [torch.empty_like(whole), torch.empty_like(whole[::2])]
     copy_all(targets, [whole, whole[::2]])
     assert same_bits(targets[0], whole) and same_bits(targets[1], whole[::2])
+
+
+def test_a_nan_put_into_a_prompt_is_the_one_that_is_captured(
+    made: djinn.Dj, dj: djinn.Dj, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def through_fp32(targets: list[Tensor], sources: list[Tensor]) -> None:
+        """As CUDA copies many tensors: whatever NaN goes in, one comes out."""
+        for target, source in zip(targets, sources, strict=True):
+            target.copy_(source)
+            if target.dtype in (torch.bfloat16, torch.float16):
+                target.view(torch.int16)[target.isnan()] = 0x7FFF
+
+    monkeypatch.setattr(torch, "_foreach_copy_", through_fp32)
+    with dj.session() as session:
+        run = session.generate(ONE, max_new_tokens=2, breakpoints=["resid_post.1"], capture=["resid_post.1"])
+        stop = next(run)
+        stop.value.view(-1)[::19] = float("nan")
+        wanted = stop.value.clone()
+        assert_same_bits(run.result().cache["resid_post.1"][: len(ONE)], wanted)
