@@ -67,6 +67,7 @@ def test_wheel_imports_far_from_the_repository(built: tuple[Path, Path], tmp_pat
     modules = sorted({"djinn_fx"} | tree_modules())
     printed = python("-c", IMPORT_ALL, target, *modules, cwd=elsewhere, path=target)
     assert printed.split() == modules
+    assert python("-m", "djinn_fx", "--version", cwd=elsewhere, path=target).startswith("djinn-fx ")
 
 
 def test_wheel_contents(built: tuple[Path, Path]) -> None:
