@@ -6,6 +6,7 @@ import os
 import threading
 import warnings
 from collections.abc import Iterable
+from contextlib import nullcontext
 from functools import partial
 from numbers import Integral, Real
 from typing import Any, overload
@@ -174,10 +175,12 @@ def compile(
         static=backend == "inductor",
     )
     chosen = ("resid_post",) if sites is None else (sites,) if isinstance(sites, str) else tuple(sites)
-    dj = Dj(model, source, options, chosen, tokenizer, backend, ExportCache.from_environment(), weights)
-    if verify:
-        around = None if weights is None else weights.around
-        dj.verify(partial(reference, model, stand_in=stand_in, around=around))
+    # Kernels of Triton go to whichever GPU is current, and may be compiled and timed before the engine's lock exists.
+    with torch.cuda.device(source.device) if source.device.type == "cuda" else nullcontext():
+        dj = Dj(model, source, options, chosen, tokenizer, backend, ExportCache.from_environment(), weights)
+        if verify:
+            around = None if weights is None else weights.around
+            dj.verify(partial(reference, model, stand_in=stand_in, around=around))
     return dj
 
 

@@ -9,10 +9,11 @@ import torch
 
 
 class EngineLock:
-    """A re-entrant lock; while it is held, work is enqueued on the device's default stream.
+    """A re-entrant lock; while it is held, the model's device is the current one, and so is its default stream.
 
-    Calls may come from any thread and under any stream. The engine's work waits for what the caller enqueued before,
-    and what the caller enqueues afterwards waits for the engine's: nobody has to synchronise by hand.
+    Calls may come from any thread, with any GPU current and under any stream: kernels of Triton go to whichever is
+    current. The engine's work waits for what the caller enqueued before, and what the caller enqueues afterwards waits
+    for the engine's: nobody has to synchronise by hand.
 
     Args:
         device: the model's device.
@@ -23,6 +24,7 @@ class EngineLock:
         self._device = device
         self._depth = 0
         self._caller: torch.cuda.Stream | None = None
+        self._before: int | None = None  # the caller's device, where it is another
         self._index = device.index
         if device.type == "cuda" and device.index is None:
             self._index = torch.cuda.current_device()
@@ -41,10 +43,17 @@ class EngineLock:
             if self._depth == 1 and self._caller is not None:
                 self._leave(self._caller)
         finally:
+            if self._depth == 1 and self._before is not None:
+                torch.cuda.set_device(self._before)
+                self._before = None
             self._depth -= 1
             self._lock.release()
 
     def _come(self) -> None:
+        current = torch._C._cuda_getDevice()
+        if current != self._index:
+            torch.cuda.set_device(self._index)
+            self._before = current
         # The default stream is number 0. Stream objects would cost a step more than all else that is done here.
         if torch._C._cuda_getCurrentRawStream(self._index) == 0:
             return

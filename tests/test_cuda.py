@@ -7,9 +7,6 @@ On one with many cores, compiling side by side:
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,9 +16,7 @@ import torch
 from torch import Tensor
 
 import djinn_fx as djinn
-from djinn_fx.runtime.session import Session
 from tests.bits import assert_same_bits
-from tests.cuda_child import outcome
 from tests.cuda_models import (
     DEVICE,
     DTYPES,
@@ -38,8 +33,6 @@ from tests.cuda_models import (
 )
 
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 class Case:
@@ -316,22 +309,3 @@ class TestFewMixtralFp32(Few):
 
 class TestFewLlamaBf16(Few):
     name, dtype = "llama", "bf16"
-
-    def test_restored_by_another_process(self, tmp_path: Path) -> None:
-        dj, files, sessions = self.compiled("few"), [], list[Session]()
-        for position, steer in ((18, {"scale": 0.5}), (23, {"ablate": direction(1, 2, 128)})):
-            session = dj.session(seed=position)
-            session.steer("resid_post.0", **steer)
-            point = djinn.break_at("mlp_out.1", positions=position)
-            run = session.generate(PROMPT, max_new_tokens=NEW, output_logits=True, do_sample=True, breakpoints=[point])
-            stop = next(run)
-            stop.value.neg_()
-            files.append(str(stop.checkpoint().save(tmp_path / f"{position}.safetensors")))
-            sessions.append(session)
-        expected = [outcome(session) for session in sessions]
-        for session in sessions:
-            session.close()
-        command = [sys.executable, "-m", "tests.cuda_child", self.name, self.dtype, *files]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=400)
-        assert done.returncode == 0, done.stderr
-        assert json.loads(done.stdout.splitlines()[-1]) == expected
