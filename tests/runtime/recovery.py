@@ -51,6 +51,8 @@ class Recovery(Stage):
         points = [point] if point and shadow.script.calls else []
         shadow.points += self.armed(points)
         with self.acting() as touched:
+            if self.setup.tight:
+                made.wait()  # what it still has on a GPU takes host memory too
             back = self.newcomer(1, lambda: self.dj.restore(made, breakpoints=points, exact=had == self.more))
             if back is not None:
                 touched.append(self.adopt(back, shadow))
