@@ -29,7 +29,7 @@ from djinn_fx.benchmarks.stats import summary
 from djinn_fx.benchmarks.truth import COMPARED, Truth
 
 #: Factor of every scaling.
-FACTOR = 0.9
+FACTOR = 0.95
 
 #: Directions of a rank-k edit, and the edit_rank of the compiled model.
 RANK = 2

@@ -1,4 +1,4 @@
-"""Who may drive a run: one thread at a time; and runs that pass over their breakpoints."""
+"""Before runs are driven: one thread has each, the weights are those compiled, breakpoints are passed over if asked."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from djinn_fx.runtime.engine import Engine
     from djinn_fx.runtime.run import Run
 
 
@@ -49,3 +50,16 @@ def quiet(runs: Sequence[Run]) -> Iterator[None]:
         finally:
             for run in runs:
                 run.silent = False
+
+
+def vouch(engine: Engine, runs: Sequence[Run]) -> None:
+    """Look at the model's weights, once for all runs that have not begun: where there are hundreds it takes a while.
+
+    Raises:
+        CaptureError: they were moved or replaced since the model was compiled; every run stays where it was.
+    """
+    fresh = [run for run in runs if not run.vouched]
+    if fresh:
+        engine.guard()
+        for run in fresh:
+            run.vouched = True

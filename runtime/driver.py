@@ -17,6 +17,7 @@ import torch
 
 from djinn_fx.runtime import asking, cruise, planner, riders
 from djinn_fx.runtime.bits import same_bits
+from djinn_fx.runtime.claims import vouch
 from djinn_fx.runtime.flight import Flight
 from djinn_fx.runtime.modes import outside_inference, without_grad
 from djinn_fx.runtime.results import StepRecord
@@ -38,10 +39,12 @@ def iterate(engine: Engine, runs: Sequence[Run]) -> list[Stop]:
 
     Raises:
         SessionBusy: one of them is being driven already.
+        CaptureError: the model's weights were moved or replaced before one of them began.
         InvalidPredicate: a predicate failed; its run stays where it was.
         InvalidValue: a stop's value was given another shape or dtype through ``.data``; every run stays where it was.
     """
     with _driving(engine, runs), outside_inference():
+        vouch(engine, runs)
         engine.tiers.roomy(partial(_come, engine, runs), runs)
         _await_rows(engine, runs)
         with engine.lock:

@@ -224,7 +224,6 @@ class Engine:
 
         Predicates and the tokenizer are the user's code: they run outside the lock.
         """
-        self.guard()
         watch = arm_breakpoints(breakpoints, self.table, self.sites, self.dtype, self.device)
         sites = planner.capturable(self.table, self.compiled_names, capture)
         prompt = [] if inputs is None else one_prompt(inputs, self.tokenizer, self.options.vocab_size)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
-from operator import attrgetter, is_, itemgetter
+from operator import attrgetter, eq, is_, itemgetter
 
 import torch
 from torch import nn
@@ -36,12 +36,14 @@ class WeightGuard:
         self._model = model
         self._seen = {name: _Seen(t, t.data_ptr(), _form(t)) for name, t in _tensors(model).items()}
         self._modules = tuple(vars(each) for each in model.modules())
-        tables = self._tables()
-        self._sizes = list(map(len, tables))
-        self._names = tuple(chain.from_iterable(tables))
-        self._items = tuple(chain.from_iterable(map(dict.values, tables)))
+        self._copies = tuple(map(dict, self._tables()))
         self._tensors = tuple(seen.tensor for seen in self._seen.values())
         self._forms = self._now()
+        # Copies of tables are compared: what is not the same object counts as the same if it says that it is equal.
+        # Tensors of more than one element cannot say that.
+        items = tuple(self._items())
+        self._small = tuple(index for index, item in enumerate(items) if _small(item))
+        self._kept = tuple(items[index] for index in self._small)
 
     @property
     def tensors(self) -> Mapping[str, torch.Tensor]:
@@ -72,22 +74,34 @@ class WeightGuard:
         It is asked at every call, so nothing here is a loop of Python's own: that, or walking the names, takes
         several times as long.
         """
-        tables = self._tables()
-        return (
-            list(map(len, tables)) == self._sizes
-            and all(map(is_, chain.from_iterable(tables), self._names))
-            and all(map(is_, chain.from_iterable(map(dict.values, tables)), self._items))
-            and self._now() == self._forms
-        )
+        try:
+            same = all(map(eq, self._tables(), self._copies))
+        except Exception:  # tensors that are not the same object have no one answer
+            return False
+        if same and self._small:
+            items = tuple(self._items())
+            same = all(map(is_, map(items.__getitem__, self._small), self._kept))
+        return same and self._now() == self._forms
 
-    def _tables(self) -> list[dict[str, object]]:
+    def _tables(self) -> Iterator[dict[str, object]]:
         """The tables of all modules, as they are now."""
-        return list(chain.from_iterable(map(_tables_of, self._modules)))
+        return chain.from_iterable(map(_tables_of, self._modules))
+
+    def _items(self) -> Iterator[object]:
+        """All that modules hold, as it is now."""
+        return chain.from_iterable(map(dict.values, self._tables()))
 
     def _now(self) -> tuple[list[object], ...]:
         """Where all tensors lie now, and in what form."""
         place, stride = torch.Tensor.data_ptr, torch.Tensor.stride
         return tuple(list(map(what, self._tensors)) for what in (place, stride, _kind))
+
+
+def _small(item: object) -> bool:
+    """Whether ``==`` may take another for it: it is a tensor of one element, or has an equality of its own."""
+    if isinstance(item, torch.Tensor):
+        return item.numel() == 1
+    return item is not None and type(item).__eq__ is not object.__eq__
 
 
 def _form(tensor: torch.Tensor) -> tuple[object, ...]:

@@ -93,6 +93,7 @@ class Run(Shown):
         self.end: int | None = None  # where the next call's tokens begin
         self.driver: int | None = None  # the thread that is driving it
         self.stopped_early = False
+        self.vouched = False  # whether the model's weights were looked at before its first step
         self.owner: int | None = None
         self.seat: Seat | None = None  # on which it rode along last
         self._stop: Stop | None = None
