@@ -9,6 +9,7 @@ from djinn_fx.benchmarks.tables import Picture, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
 
 #: Colours that differ in lightness too, on white.
 COLOURS = ("#1b6ca8", "#d1495b", "#3a7d44", "#8d5fd3", "#c77d0a", "#4f5d75")
@@ -70,6 +71,7 @@ def _lines(axes: Axes, picture: Picture) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if "y" in picture.log:
         axes.set_yscale("log")
+        _plain_ticks(axes.yaxis)
     else:
         axes.set_ylim(bottom=0)
     axes.grid(True, alpha=0.3)
@@ -88,6 +90,7 @@ def _bars(axes: Axes, picture: Picture) -> None:
     axes.invert_yaxis()
     if "x" in picture.log:
         axes.set_xscale("log")
+        _plain_ticks(axes.xaxis)
     for name, value in picture.floor.items():
         axes.axvline(value, color="#444444", linestyle="--", linewidth=1.8)
         axes.annotate(
@@ -96,3 +99,13 @@ def _bars(axes: Axes, picture: Picture) -> None:
         )  # fmt: skip
     axes.margins(x=0.15)
     axes.grid(True, axis="x", alpha=0.3)
+
+
+def _plain_ticks(axis: Axis) -> None:
+    """Numbers as people write them along a logarithmic axis, few enough to stand beside each other."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 200 * low else (1.0,)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
+    axis.set_minor_formatter(NullFormatter())

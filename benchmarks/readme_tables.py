@@ -5,7 +5,7 @@
 The records lie in a folder of ``benchmarks/results/`` that is named by the card; where there are several, say which.
 Between ``<!-- bench:NAME -->`` and ``<!-- /bench -->`` stands what NAME gives: ``interactivity`` (the experiment at a
 glance), ``steps`` (our decode graphs against the graph compiled whole), ``decode`` (milliseconds per token),
-``picture`` (the graphs of the 8B shape at one row). Nothing between them is typed.
+``picture`` (a token of the 8B shape, beside other systems). Nothing between them is typed.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def blocks(root: Path, card: str | None = None) -> dict[str, Callable[[], str]]:
         return f"{table_body(decode_report.combined(found))}\n\n{_source(found[0])} Medians; host work included."
 
     def picture() -> str:
-        first = steps_report.pictures(record("steps_llama-8b-shape"))[0]
+        first = decode_report.pictures(record("decode_llama-8b-shape"))[0]
         path = plots.draw(first, root / IMAGES)
         return f"![{first.title}]({path.relative_to(root).as_posix()})"
 
