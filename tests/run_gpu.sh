@@ -5,7 +5,7 @@
 #     tests/run_gpu.sh                                 # all, within about nine minutes on 16 cores
 #     tests/run_gpu.sh kernels+passes@120 models       # one wave after the other: PART[+PART...][@SECONDS]
 #
-# Parts: kernels, passes, runtime (tests marked `gpu`), models (tests/test_cuda.py and its neighbour), machine (the state machine,
+# Parts: kernels, passes (inspection too), runtime (tests marked `gpu`), models (tests/test_cuda.py and its neighbour), machine (the state machine,
 # compiled) and static (its decode loop over segments that are not compiled, with more examples). A part that
 # takes more than its wave's SECONDS is ended, and what it had found by then is counted. Further options of pytest go
 # into PYTEST_ADDOPTS. DJINN_TEST_DEVICE=cpu tries the last three without a GPU.
@@ -40,7 +40,7 @@ start() {
     local name=$1 seconds=$2
     case $name in
     kernels) part kernels "$seconds" 6 tests/kernels -m gpu --dist worksteal ;;
-    passes) part passes "$seconds" 2 tests/passes -m gpu --dist worksteal ;;
+    passes) part passes "$seconds" 2 tests/passes tests/inspecting -m gpu --dist worksteal ;;
     runtime) part runtime "$seconds" 2 tests/runtime -m gpu --dist loadfile ;;
     models) part models "$seconds" 12 tests/test_cuda.py tests/test_cuda_elsewhere.py --dist loadscope ;;
     machine | static)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -19,12 +20,16 @@ from djinn_fx.inspecting.making import Choice, Subject, program_of
 from djinn_fx.passes.lower import lower_eager
 from djinn_fx.passes.trace import SegmentCost
 from djinn_fx.program import KEEP, LENGTHS, POSITIONS, ROWS, TOKENS, Program, kv_name
+from djinn_fx.runtime.stages import Recorder
 from djinn_fx.specs import edit_tables
 
 Env = dict[str, torch.Tensor]
 
 #: Runs before any is timed; then runs until so many seconds or so many runs.
 WARM, SECONDS, MOST_RUNS = 3, 1.0, 50
+
+#: Cycles that a GPU sleeps while the host launches a run: about a millisecond.
+COVER = 2_000_000
 
 #: Ops that Inductor calls as they are: nothing is fused into or across them.
 _OPAQUE = frozenset(
@@ -38,9 +43,10 @@ _OPAQUE = frozenset(
 def measure(what: Subject, choice: Choice, backend: str, tell: Callable[[str], None]) -> tuple[SegmentCost, ...]:
     """Run a program at the start of a sequence and say what each segment costs.
 
-    Times are medians over runs of the whole program, armed and plain in turn; on CUDA by events, so a segment whose
-    kernels are shorter than their launches shows its launches. Kernels are counted by the profiler on CUDA; on the CPU
-    they are the computing ops of the eager backend, or what Inductor's code calls.
+    Times are medians over runs of the whole program, armed and plain in turn. On CUDA they are by events, compiled
+    segments each as a CUDA graph, which is how they run: no launches in them. Segments of the eager backend show their
+    launches, where those take longer than the kernels. Kernels are counted by the profiler on CUDA; on the CPU they are
+    the computing ops of the eager backend, or what Inductor's code calls.
 
     Args:
         what: the model; weights that were never written give times of their own.
@@ -56,7 +62,7 @@ def measure(what: Subject, choice: Choice, backend: str, tell: Callable[[str], N
     tell("making the plain program")
     plain = program_of(what, Choice(choice.shape, "plain", choice.sites, choice.rank), lower)
     tell("timing the segments")
-    ours, theirs = _times(what, [program, plain])
+    ours, theirs = _times(what, [program, plain], backend)
     tell("counting kernels")
     kernels = _kernels(what, program, backend)
     lost = _lost(program, backend, tell)
@@ -74,37 +80,50 @@ def measure(what: Subject, choice: Choice, backend: str, tell: Callable[[str], N
 
 
 @torch.no_grad()
-def _times(what: Subject, programs: Sequence[Program]) -> list[list[float]]:
+def _times(what: Subject, programs: Sequence[Program], backend: str) -> list[list[float]]:
     """Median microseconds of every segment of each program, the programs in turn."""
-    envs = [_env(what, program) for program in programs]
+    runners = [_runner(what, program, backend) for program in programs]
     found: list[list[list[float]]] = [[] for _ in programs]
     begin = time.perf_counter()
-    for turn in range(WARM + MOST_RUNS):
-        if turn == WARM:
-            begin = time.perf_counter()
-        if turn > WARM + 4 and time.perf_counter() - begin > SECONDS * len(programs):
+    for turn in range(MOST_RUNS):
+        if turn > 4 and time.perf_counter() - begin > SECONDS * len(programs):
             break
-        for index, program in enumerate(programs):
-            took = _one_run(program, dict(envs[index]))
-            if turn >= WARM:
-                found[index].append(took)
+        for runs, run in zip(found, runners, strict=True):
+            runs.append(run())
     return [[statistics.median(each) for each in zip(*runs, strict=True)] for runs in found]
 
 
-def _one_run(program: Program, env: Env) -> list[float]:
-    """Microseconds of each segment in one run."""
-    if env[TOKENS].device.type != "cuda":
-        took = []
-        for index in range(len(program.segments)):
-            begin = time.perf_counter()
-            _run(program, env, index)
-            took.append((time.perf_counter() - begin) * 1e6)
-        return took
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(program.segments) + 1)]
+def _runner(what: Subject, program: Program, backend: str) -> Callable[[], list[float]]:
+    """Runs a program that is warm; gives microseconds of each segment."""
+    env, segments = _env(what, program), range(len(program.segments))
+    for _ in range(WARM):
+        warm = dict(env)
+        for index in segments:
+            _run(program, warm, index)
+    device = what.source.device
+    if device.type == "cuda" and backend == "inductor":
+        return partial(_by_events, Recorder(device).record(program, env), COVER)
+    steps = [partial(_run, program, env, index) for index in segments]
+    return partial(_by_events, steps) if device.type == "cuda" else partial(_by_the_clock, steps)
+
+
+def _by_the_clock(steps: Sequence[Callable[[], None]]) -> list[float]:
+    took = []
+    for step in steps:
+        begin = time.perf_counter()
+        step()
+        took.append((time.perf_counter() - begin) * 1e6)
+    return took
+
+
+def _by_events(steps: Sequence[Callable[[], None]], cover: int = 0) -> list[float]:
+    """By CUDA events; the device sleeps for so many cycles, while the host launches."""
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(steps) + 1)]
+    torch.cuda._sleep(cover)
     marks[0].record()
-    for index in range(len(program.segments)):
-        _run(program, env, index)
-        marks[index + 1].record()
+    for step, mark in zip(steps, marks[1:], strict=True):
+        step()
+        mark.record()
     torch.cuda.synchronize()
     return [one.elapsed_time(two) * 1e3 for one, two in pairwise(marks)]
 

@@ -5,19 +5,22 @@ from __future__ import annotations
 import ast
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from transformers import LlamaForCausalLM
 
 from djinn_fx.errors import InvalidValue, UnknownSite
 from djinn_fx.inspecting.changes import changes, find_pass
 from djinn_fx.inspecting.fold import blocks, graph_lines
-from djinn_fx.inspecting.making import Choice, program_of, read_trace, trace_of
+from djinn_fx.inspecting.making import Choice, program_of, read_trace, subject, trace_of
 from djinn_fx.inspecting.measuring import measure
 from djinn_fx.inspecting.names import Names, references, substitute
 from djinn_fx.inspecting.text import Asked, render
 from djinn_fx.passes.pipeline import PASSES
 from djinn_fx.passes.trace import read, write
-from tests.inspecting.subjects import made, trace
+from tests.inspecting.subjects import llama_config, made, trace
 
 
 def test_a_change_is_counted_by_origin_not_by_name() -> None:
@@ -143,6 +146,15 @@ def test_a_trace_with_values_of_other_types_is_refused(tmp_path: Path, damage: s
     path.write_text("\n".join(lines), encoding="utf-8")
     with pytest.raises(InvalidValue, match="not a whole trace"):
         read(path)
+
+
+@pytest.mark.gpu
+def test_compiled_segments_are_measured_on_a_gpu() -> None:
+    model: Any = LlamaForCausalLM(llama_config(2))
+    model = model.to("cuda", torch.bfloat16).eval()
+    costs = measure(subject("llama", model, Choice()), Choice(), "inductor", lambda text: None)
+    assert all(cost.microseconds > 0 and cost.kernels > 0 for cost in costs)
+    assert [cost.arming is None for cost in costs] == [False, False, True]
 
 
 def test_segments_are_measured() -> None:
