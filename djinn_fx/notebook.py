@@ -6,7 +6,7 @@ import html
 import math
 from collections.abc import Callable, Sequence
 
-from djinn_fx.views import Cell, Curve, Share, Table, Text, View
+from djinn_fx.views import Cell, Curve, Share, Table, Text, View, visible
 
 #: Characters of one text that are shown at most; a long one loses its middle.
 LONGEST = 1200
@@ -157,7 +157,7 @@ def _say(text: str, longest: int = 300) -> str:
     """A text, escaped; a long one loses its middle."""
     if len(text) > longest:
         text = f"{text[: longest // 2]} … {text[-longest // 2 :]}"
-    return html.escape(text)
+    return html.escape(visible(text))
 
 
 def _attempt(make: Callable[[], str]) -> str:

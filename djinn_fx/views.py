@@ -6,7 +6,16 @@ HTML of it.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+
+#: What steers a terminal, or turns the direction of writing: never to be passed on from what a model said.
+_STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def visible(text: str) -> str:
+    """A text with characters that would steer a terminal or turn its direction written as Python writes them."""
+    return _STEERING.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
 @dataclass(frozen=True)

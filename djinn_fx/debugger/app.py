@@ -17,6 +17,7 @@ from textual.widgets.option_list import Option
 from djinn_fx.debugger import commands, panes
 from djinn_fx.debugger.opening import Opening
 from djinn_fx.debugger.tokens import Tokens
+from djinn_fx.views import visible
 
 if TYPE_CHECKING:
     from djinn_fx.debugger.interpreter import Debugger
@@ -174,7 +175,7 @@ class DebuggerApp(App[None]):
         self.call_from_thread(self._tell, text, style)
 
     def _tell(self, text: str, style: str = "") -> None:
-        self.query_one("#log", RichLog).write(Text(text, style))
+        self.query_one("#log", RichLog).write(Text(visible(text), style))
 
     # -- what is shown -------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from djinn_fx.dj import Dj
 from djinn_fx.errors import DjinnError
 from djinn_fx.runtime.stop import Stop
 from djinn_fx.runtime.wording import nonfinite
-from djinn_fx.views import Share
+from djinn_fx.views import Share, visible
 
 if TYPE_CHECKING:
     from djinn_fx.debugger.interpreter import Debugger
@@ -36,7 +36,7 @@ def tokens_of(debugger: Debugger, chosen: int | None = None) -> Text:
     stop, begins = (run.stop, run.prompt_end) if run is not None else (None, 0)
     found = Text()
     for position, token in enumerate(session.tokens.tolist()):
-        word = debugger.dj.engine.decode_text([token]) or f"{token} "
+        word = visible(debugger.dj.engine.decode_text([token]) or f"{token} ")
         style = PROMPT if position < begins else GENERATED
         if stop is not None and position == stop.position:
             style = CURSOR

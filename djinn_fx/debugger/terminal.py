@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from djinn_fx.debugger.opening import Opening
+from djinn_fx.views import visible
 
 if TYPE_CHECKING:
     from djinn_fx.debugger.interpreter import Debugger
@@ -57,7 +58,7 @@ def _lines(
         return UNOPENED
     from djinn_fx.debugger.interpreter import Debugger
 
-    debugger = Debugger(dj, _write, prompt=prompt or default, max_new_tokens=max_new_tokens, echo=echo)
+    debugger = Debugger(dj, show, prompt=prompt or default, max_new_tokens=max_new_tokens, echo=echo)
     with dj, interruptible(debugger):
         if lines is not None:
             return debugger.run_script(lines, strict=strict)
@@ -68,7 +69,9 @@ def _lines(
     return 0
 
 
-def _write(text: str) -> None:
+def show(text: str) -> None:
+    """Print what a debugger says, such that nothing in it steers the terminal."""
+    text = visible(text)
     try:
         print(text, flush=True)
     except UnicodeEncodeError:  # a terminal without the signs of histograms

@@ -19,7 +19,7 @@ import djinn_fx as djinn
 from djinn_fx.bundled import storyteller
 from djinn_fx.cli import app
 from djinn_fx.debugger.interpreter import Debugger
-from djinn_fx.debugger.terminal import interruptible
+from djinn_fx.debugger.terminal import interruptible, show
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = Path(__file__).parent / "golden"
@@ -45,6 +45,17 @@ def test_a_script_is_as_it_was(dj: djinn.Dj) -> None:
     if os.environ.get("DJINN_GOLDEN") == "write":
         path.write_text(shown, encoding="utf-8")
     assert shown == path.read_text(encoding="utf-8")
+
+
+def test_what_a_model_says_does_not_steer_the_terminal(
+    dj: djinn.Dj, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(dj.engine.tokenizer, "decode", lambda *_, **__: "\x1b[2J\x9b red \u202e\r")
+    debugger = Debugger(dj, show, prompt=PROMPT, max_new_tokens=2)
+    assert debugger.run_script(["run", "tokens", "lens"]) in (0, 1)
+    said = capsys.readouterr().out
+    assert "\\x1b[2J\\x9b red \\u202e\\r" in said
+    assert not {"\x1b", "\x9b", "\u202e", "\r"} & set(said)
 
 
 @pytest.mark.parametrize("times", [1, 2])

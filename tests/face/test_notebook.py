@@ -198,6 +198,11 @@ def test_everything_is_escaped() -> None:
     assert "<script" not in page(view) and page(view).count("&lt;script") >= 13
 
 
+def test_a_text_cannot_turn_its_direction() -> None:
+    text = page(View("a\u202eb\x1b[31m", "two\nlines\tof it", (), ()))
+    assert "a\\u202eb\\x1b[31m" in text and "two\nlines\tof it" in text
+
+
 def test_it_never_raises_and_says_why() -> None:
     class Broken:
         def __repr__(self) -> str:
