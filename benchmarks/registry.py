@@ -8,6 +8,7 @@ import importlib
 import json
 import re
 import signal
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -19,9 +20,13 @@ from djinn_fx.benchmarks.context import Context, Options
 from djinn_fx.benchmarks.environment import environment
 from djinn_fx.benchmarks.record import Json, Record, save
 from djinn_fx.benchmarks.tables import Picture, Table
+from djinn_fx.errors import InvalidValue
 
 #: The package whose files are looked through.
 PACKAGE = "djinn_fx.benchmarks"
+
+#: Exit status of a run that was ended by Ctrl-C, as shells have it.
+INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,27 @@ def file_name(record: Record) -> str:
     return f"{record.benchmark}_{model}.json"
 
 
+def folder_for(out: Path) -> Path:
+    """The folder of a run's files, made and tried before anything is measured.
+
+    Raises:
+        InvalidValue: no file can be written there.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            return out
+    except OSError as error:
+        raise InvalidValue(f"--out {out}: no folder that can be written ({error.strerror}); give another.") from error
+
+
+def parts_of(name: str, options: Options, out: Path) -> Parts:
+    """Where the parts of a run are kept; what an earlier run left there is removed."""
+    found = Parts(out / f"{name}_{Path(options.model).name or 'model'}.parts.jsonl")
+    found.clear()
+    return found
+
+
 @dataclass(frozen=True)
 class Parts:
     """What is left of a run that is killed: each part as it was done, a line of JSON each.
@@ -126,6 +152,12 @@ class Parts:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
+    @property
+    def left(self) -> str:
+        """What a run that was interrupted says."""
+        what = f"the parts done so far are in {self.path}" if self.path.exists() else "no part was done"
+        return f"interrupted: {what}; there is no record and no report."
+
     def clear(self) -> None:
         """Remove the file."""
         self.path.unlink(missing_ok=True)
@@ -140,7 +172,7 @@ def main(name: str, arguments: list[str] | None = None) -> int:
     """Run a benchmark as a script that needs torch, transformers and numpy alone; writes the JSON.
 
     Returns:
-        0, or 1 if an answer was wrong.
+        0, or 1 if an answer was wrong, or 130 if it was interrupted.
     """
     entry = find(name)
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=summaries()[name])
@@ -159,9 +191,16 @@ def main(name: str, arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _ended)
     out: Path = chosen.pop("out")
     options = Options(**chosen)
-    parts = Parts(out / f"{name}_{Path(options.model).name or 'model'}.parts.jsonl")
-    parts.clear()
-    record = run(entry, options, lambda line: print(line, flush=True), parts.keep)
+    try:
+        options.resolved()
+        parts = parts_of(name, options, folder_for(out))
+    except InvalidValue as error:
+        parser.error(str(error))
+    try:
+        record = run(entry, options, lambda line: print(line, flush=True), parts.keep)
+    except KeyboardInterrupt:
+        print(parts.left)
+        return INTERRUPTED
     print(save(record, out / file_name(record)))
     parts.clear()
     return 0 if record.right else 1
