@@ -169,7 +169,9 @@ class Ours:
             assert answer.logits is not None and expected.logits is not None
             held = same_bits(answer.logits, expected.logits)
             like = "steering from the first generated token on" if key == "edited" else "plain"
-            found[key] = (decoder, Work(name), self.context.check(f"djinn_fx: {name} = {like}, bit for bit", held))
+            alike = self.context.check(f"djinn_fx: {name} = {like}, bit for bit", held)
+            # Equal to a wrong answer is wrong too.
+            found[key] = (decoder, Work(name), alike if found["plain"][2].held else found["plain"][2])
         return found
 
     def _steered(self, dj: Any, layer: int) -> Answer:
