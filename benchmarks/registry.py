@@ -57,12 +57,15 @@ def discover() -> dict[str, Benchmark]:
 
 
 def summaries() -> dict[str, str]:
-    """Name and first line of every benchmark, read off the files without importing one."""
+    """Name and first line of every benchmark, read off the files without importing one; a broken file says so."""
     found = {}
     for path in sorted(Path(__file__).parent.glob("*.py")):
         source = path.read_text(encoding="utf-8")
         if re.search(r"^BENCHMARK\b", source, re.MULTILINE):
-            found[path.stem] = (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
+            try:
+                found[path.stem] = (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
+            except SyntaxError as error:
+                found[path.stem] = f"broken: {error.msg}, line {error.lineno}"
     return found
 
 
@@ -70,12 +73,16 @@ def find(name: str) -> Benchmark:
     """The benchmark of a name.
 
     Raises:
-        ValueError: there is none; says which there are.
+        ValueError: there is none, and says which there are; or its file cannot be imported.
     """
     known = summaries()
     if name not in known:
         raise ValueError(f"no benchmark is called {name!r}; there are {', '.join(known)}.")
-    entry: Benchmark = importlib.import_module(f"{PACKAGE}.{name}").BENCHMARK
+    try:
+        entry: Benchmark = importlib.import_module(f"{PACKAGE}.{name}").BENCHMARK
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}"
+        raise ValueError(f"the benchmark {name!r} cannot be imported ({why}): mend benchmarks/{name}.py.") from error
     return entry
 
 

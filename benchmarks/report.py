@@ -51,12 +51,14 @@ def write(record: Record, folder: Path) -> Path:
 
 
 def verdict(record: Record) -> str:
-    """Whether every answer was right, when it ran and how."""
+    """Whether every answer was right, or none was compared; when it ran and how."""
     wrong = [check.name for check in record.checks if check.expected and not check.held]
     said = (
         "Every answer was right." if not wrong else f"**WRONG: {'; '.join(wrong)}.** What is wrong has no speed here."
     )
-    return f"{said} {record.started}, {record.seconds:.0f} s, {record.options['dtype']}, seed {record.options['seed']}."
+    said = said if record.checks else "Nothing was measured: no answer was compared."
+    seed = record.options.get("seed", "?")
+    return f"{said} {record.started}, {record.seconds:.0f} s, {record.options['dtype']}, seed {seed}."
 
 
 def _pictures(record: Record, folder: Path, stem: str) -> list[str]:

@@ -43,22 +43,32 @@ def report(
     """Write the report of one record, or put two side by side."""
     from djinn_fx.benchmarks import report as reports
     from djinn_fx.benchmarks.record import load
+    from djinn_fx.benchmarks.registry import folder_for
 
     console = Console()
     try:
         one = load(first)
         if second is None:
-            path = reports.write(one, out or first.parent)
+            path = reports.write(one, folder_for(out or first.parent))
         else:
             other = load(second)
             for table in reports.side_by_side(one, other):
                 console.print(_rich(table))
-            path = reports.write_side_by_side(one, other, out or first.parent)
+            path = reports.write_side_by_side(one, other, folder_for(out or first.parent))
     except FileNotFoundError as error:
         console.print(f"no record at {error.filename}: give the JSON file that a run wrote.", markup=False)
         raise typer.Exit(2) from error
     except (OSError, ValueError) as error:
         _failed(console, error)
+        raise typer.Exit(2) from error
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        files = " or ".join(str(path) for path in (first, second) if path is not None)
+        why = f"{type(error).__name__}: {error}"
+        console.print(
+            f"{files} lacks what its report shows, or holds something else there ({why}): it was changed, or another "
+            "version wrote it; run the benchmark again.",
+            markup=False,
+        )
         raise typer.Exit(2) from error
     console.print(str(path), soft_wrap=True, markup=False)
 
