@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,10 +69,19 @@ class Record:
         return f"{self.options['model']}, {self.options['dtype']}, {where}{quick}"
 
 
+def finite(tree: Json) -> Json:
+    """A tree with null where a number is NaN or infinite, which JSON cannot hold."""
+    if isinstance(tree, dict):
+        return {key: finite(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [finite(value) for value in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
+
+
 def save(record: Record, path: Path) -> Path:
-    """Write a record as JSON; returns the path."""
+    """Write a record as JSON, null for what is not finite; returns the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    document = {"format": FORMAT, **asdict(record)}
+    document = {"format": FORMAT, **finite(asdict(record))}
     path.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return path
 

@@ -18,7 +18,7 @@ import torch
 
 from djinn_fx.benchmarks.context import Context, Options
 from djinn_fx.benchmarks.environment import environment
-from djinn_fx.benchmarks.record import Json, Record, save
+from djinn_fx.benchmarks.record import Json, Record, finite, save
 from djinn_fx.benchmarks.tables import Picture, Table
 from djinn_fx.errors import InvalidValue
 
@@ -152,7 +152,7 @@ class Parts:
     def keep(self, name: str, found: Json) -> None:
         """Write a part down; one that holds objects for the next part is left out."""
         try:
-            line = json.dumps({"part": name, "found": found})
+            line = json.dumps({"part": name, "found": finite(found)}, allow_nan=False)
         except TypeError:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -168,7 +168,7 @@ def _steering(record: Record) -> list[Table]:
     cost = part["cost"]
     rows = [
         ["tokens changed", f"{part['tokens_changed']} of {part['tokens']}"],
-        ["logits moved by", f"{100 * part['logits_moved']:.3g} %"],
+        ["logits moved by", missing(part["logits_moved"]) or f"{100 * part['logits_moved']:.3g} %"],
         ["the same bits each time", yes(part["repeatable"])],
         ["tokens changed by the same forward hook, eager", f"{hooks['tokens_changed']} of {part['tokens']}"],
         ["tokens that differ from the hook's", f"{hooks['tokens_that_differ']} ({hooks['beyond_ties']} beyond ties)"],

@@ -16,10 +16,13 @@ from typer.testing import CliRunner
 
 from djinn_fx.benchmarks import compile as compiling
 from djinn_fx.benchmarks import models, registry, report
+from djinn_fx.benchmarks.answers import tolerance
 from djinn_fx.benchmarks.context import Context, Options
 from djinn_fx.benchmarks.peers import roster
-from djinn_fx.benchmarks.record import Record, save
+from djinn_fx.benchmarks.record import Record, load, save
+from djinn_fx.benchmarks.stats import rotated
 from djinn_fx.cli import app
+from djinn_fx.errors import InvalidValue
 
 
 def record() -> Record:
@@ -115,3 +118,24 @@ def test_a_child_that_fails_gives_its_last_words(monkeypatch: pytest.MonkeyPatch
     (row,) = compiling.run(context)["rows"]
     assert row["cold"] == {"failed": "RuntimeError: OSError: no such model"}
     assert any(line == said.rstrip() for _, line in context.log)
+
+
+def test_figures_that_are_not_finite_do_not_lose_the_run(tmp_path: Path) -> None:
+    odd = record()
+    odd.results["moved"] = [float("nan"), 1.0, (float("inf"),)]
+    assert load(save(odd, tmp_path / "a.json")).results["moved"] == [None, 1.0, [None]]
+    parts = registry.Parts(tmp_path / "a.parts.jsonl")
+    parts.keep("odd", float("nan"))
+    assert parts.path.read_text() == '{"part": "odd", "found": null}\n'
+
+
+def test_a_model_that_gives_nan_is_refused_by_name() -> None:
+    loaded = models.load("tiny", torch.device("cpu"), torch.float32)
+    with torch.no_grad():
+        next(iter(loaded.model.parameters())).fill_(torch.nan)
+        with pytest.raises(InvalidValue, match=r"tiny in float32 .* not finite.*--dtype"):
+            tolerance(loaded, loaded.prompts(1, 8, 0))
+
+
+def test_no_arms_have_no_turns() -> None:
+    assert rotated([], 3) == [] and rotated([1, 2], 3) == [2, 1]
