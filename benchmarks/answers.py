@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from djinn_fx.benchmarks.models import Loaded
+from djinn_fx.errors import InvalidValue
 
 #: Positions at which a model's noise is measured.
 POSITIONS = 64
@@ -73,6 +74,9 @@ def tolerance(loaded: Loaded, prompts: torch.Tensor) -> float:
 
     The noise is the largest distance between Hugging Face's ``sdpa`` and ``eager`` attention at the prompts' last
     positions; four units in the last place of the weights' dtype at least.
+
+    Raises:
+        InvalidValue: the model's logits are not finite, so no answer can be compared.
     """
     model = loaded.model
     before = model.config._attn_implementation
@@ -83,7 +87,13 @@ def tolerance(loaded: Loaded, prompts: torch.Tensor) -> float:
             found.append(model(input_ids=prompts, logits_to_keep=POSITIONS, use_cache=False).logits)
     finally:
         model.set_attn_implementation(before)
-    floor = 4 * torch.finfo(next(model.parameters()).dtype).eps
+    dtype = next(model.parameters()).dtype
+    if not all(bool(torch.isfinite(logits).all()) for logits in found):
+        raise InvalidValue(
+            f"{loaded.name} in {str(dtype).removeprefix('torch.')} gives logits that are not finite, so no answer can "
+            "be compared: give another --dtype or --model."
+        )
+    floor = 4 * torch.finfo(dtype).eps
     pairs = zip(found[0].flatten(0, 1), found[1].flatten(0, 1), strict=True)
     return max(4 * max(distance(a, b) for a, b in pairs), floor)
 

@@ -108,26 +108,24 @@ def _times(copying: Copying, way: Way, repeats: int) -> tuple[list[float], list[
 
 def _sessions(context: Context, loaded: Loaded, dj: Any, room: int) -> list[dict[str, Json]]:
     """``session.checkpoint()`` by length."""
-    lengths = [n for n in (LENGTHS if context.device.type == "cuda" else (16, 64)) if n < room]
+    lengths = [n for n in (LENGTHS if context.device.type == "cuda" else (16, 64)) if n + 2 < room]
     prompt = loaded.prompts(1, max(lengths), context.options.seed)[0].tolist()
     found = []
     for length in lengths:
         dispatch, whole = [], []
         with dj.session() as session:
             session.generate(prompt[:length], max_new_tokens=1).run_to_end()
-            nbytes = 0
             for _ in range(context.size(20, 3) + 1):
                 dispatch.append(1e3 * clock.dispatch_seconds(context.device, session.checkpoint))
                 whole.append(1e3 * clock.seconds(context.device, lambda: session.checkpoint().wait()))
-            nbytes = session.checkpoint().wait().nbytes
-        found.append(
-            {
-                "tokens": length,
-                "bytes": nbytes,
-                "dispatch": summary(dispatch[1:], "ms"),
-                "whole": summary(whole[1:], "ms"),
-            }
-        )
+            taken = session.checkpoint().wait()
+            nbytes, held = taken.nbytes, forking.goes_on(dj, session, taken)
+        check = context.check(f"a checkpoint of {length} tokens goes on with the same bits", held)
+        cells = {
+            name: context.speed(check, lambda samples=samples: samples[1:])  # type: ignore[misc]
+            for name, samples in (("dispatch", dispatch), ("whole", whole))
+        }
+        found.append({"tokens": length, "bytes": nbytes, **cells})
     return found
 
 

@@ -95,7 +95,8 @@ def _child(context: Context, depth: int | None, kind: str, heat: str, folder: Pa
         command, env={**os.environ, **caches}, capture_output=True, text=True, timeout=PATIENCE, check=False
     )
     if done.returncode:
-        raise RuntimeError(done.stderr.strip()[-2000:] or f"the child ended with {done.returncode}")
+        context.say(done.stderr.rstrip())
+        raise RuntimeError((done.stderr.strip() or f"the child ended with {done.returncode}").splitlines()[-1])
     found: dict[str, Json] = json.loads(done.stdout.splitlines()[-1])
     label = f"{KINDS[kind]}, {depth or 'all'} layers, {heat}"
     check = context.check(f"{label}: first tokens right", found.pop("held"), found.pop("detail"))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,6 +14,13 @@ import torch
 from djinn_fx.benchmarks import clock, models
 from djinn_fx.benchmarks.record import Check, Json
 from djinn_fx.benchmarks.stats import summary
+from djinn_fx.errors import InvalidValue
+
+#: Dtypes that weights can have.
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+#: Seeds are below this: torch and numpy take them, and parts add a little.
+SEEDS = 2**32
 
 
 @dataclass(frozen=True)
@@ -42,14 +50,35 @@ class Options:
     depths: str = ""
 
     def resolved(self) -> Options:
-        """The same with every ``"auto"`` but the backend's replaced by what it means here."""
+        """The same with every ``"auto"`` but the backend's replaced by what it means here.
+
+        Raises:
+            InvalidValue: an option that no benchmark can run with.
+        """
         device = self.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = self.dtype
         if dtype == "auto":
             dtype = "bfloat16" if device.startswith("cuda") else "float32"
-        return replace(self, device=device, dtype=dtype)
+        found = replace(self, device=device, dtype=dtype)
+        for why in found._refusals():
+            raise InvalidValue(why)
+        return found
+
+    def _refusals(self) -> Iterator[str]:
+        """What is wrong with the options, and what to give instead."""
+        if self.device not in ("cuda", "cpu"):
+            yield f"--device {self.device}: give cuda, cpu or auto; CUDA_VISIBLE_DEVICES chooses among several."
+        if self.device == "cuda" and not torch.cuda.is_available():
+            yield "--device cuda: torch finds no CUDA device here; give cpu or auto."
+        if self.dtype not in DTYPES:
+            yield f"--dtype {self.dtype}: give {', '.join(DTYPES)} or auto."
+        if not 0 <= self.seed < SEEDS:
+            yield f"--seed {self.seed}: give a whole number from 0 to {SEEDS - 1}."
+        budget = self.budget_seconds
+        if budget is not None and not (math.isfinite(budget) and budget >= 0):
+            yield f"--budget-seconds {budget:g}: give a number of seconds, 0 or more."
 
 
 @dataclass

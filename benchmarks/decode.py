@@ -22,7 +22,7 @@ from djinn_fx.benchmarks.context import Context, refused
 from djinn_fx.benchmarks.decoder import Decoder, Peer
 from djinn_fx.benchmarks.models import Loaded
 from djinn_fx.benchmarks.ours import OurDecoder, with_capture, with_edits_of_their_own, with_stops
-from djinn_fx.benchmarks.peers.roster import peers
+from djinn_fx.benchmarks.peers.roster import peers, why_not
 from djinn_fx.benchmarks.record import Check, Json
 from djinn_fx.benchmarks.registry import Benchmark, main
 from djinn_fx.benchmarks.stats import summary
@@ -169,7 +169,9 @@ class Ours:
             assert answer.logits is not None and expected.logits is not None
             held = same_bits(answer.logits, expected.logits)
             like = "steering from the first generated token on" if key == "edited" else "plain"
-            found[key] = (decoder, Work(name), self.context.check(f"djinn_fx: {name} = {like}, bit for bit", held))
+            alike = self.context.check(f"djinn_fx: {name} = {like}, bit for bit", held)
+            # Equal to a wrong answer is wrong too.
+            found[key] = (decoder, Work(name), alike if found["plain"][2].held else found["plain"][2])
         return found
 
     def _steered(self, dj: Any, layer: int) -> Answer:
@@ -224,9 +226,7 @@ class Theirs:
 
     def run(self, peer: Peer) -> dict[str, Json]:
         """One peer's rows; why there are none if it cannot run."""
-        why = peer.available(self.loaded)
-        if why is None and self.context.options.quick and peer.compiles:
-            why = "left out of a --quick run: compiling takes longer than the rest"
+        why = why_not(peer, self.loaded, quick=self.context.options.quick)
         if why is not None:
             self.context.say(f"{peer.name}: absent, {why}")
             return {"absent": why}

@@ -44,6 +44,16 @@ def at_stop(context: Context, loaded: Loaded, dj: djinn.Dj, prompt: list[int]) -
     return {**found, "driver_calls": summary(bare_calls(context, value), "ms")} if value.is_cuda else found
 
 
+def goes_on(dj: djinn.Dj, session: djinn.Session, taken: djinn.Checkpoint) -> bool:
+    """Whether a session restored from a checkpoint gives the next logits that its original gives, bit for bit."""
+    with dj.restore(taken) as restored:
+        ours, right = (
+            one.generate(None, max_new_tokens=1, output_logits=True).result().logits for one in (restored, session)
+        )
+    assert ours is not None and right is not None
+    return same_bits(ours, right)
+
+
 def bare_calls(context: Context, value: torch.Tensor) -> list[float]:
     """Milliseconds of the driver calls alone that such a checkpoint is made of, without anything around them.
 

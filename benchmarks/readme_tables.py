@@ -51,21 +51,25 @@ def blocks(root: Path, card: str | None = None) -> dict[str, Callable[[], str]]:
     def record(name: str) -> Record:
         return load(results_of(root, card) / f"{name}.json")
 
+    def every(name: str) -> list[Record]:
+        folder = results_of(root, card)
+        found = [load(path) for path in sorted(folder.glob(f"{name}_*.json"))]
+        if not found:
+            raise ValueError(f"no {name}_*.json under {folder}.")
+        return found
+
     def interactivity() -> str:
         found = record("interactivity_gpt2")
         table = interactivity_report.tables(found)[0]
         return f"{table_body(table)}\n\n{_source(found)} {table.note}"
 
     def steps() -> str:
-        found = [load(path) for path in sorted(results_of(root, card).glob("steps_*.json"))]
-        return f"{table_body(steps_report.combined(found))}\n\n{_source(found[0])} Device time, medians."
+        found = every("steps")
+        return f"{table_body(steps_report.combined(found))}\n\n{_source(*found)} Device time, medians."
 
     def decode() -> str:
-        folder = results_of(root, card)
-        found = [load(path) for path in sorted(folder.glob("decode_*.json"))]
-        if not found:
-            raise ValueError(f"no decode_*.json under {folder}.")
-        return f"{table_body(decode_report.combined(found))}\n\n{_source(found[0])} Medians; host work included."
+        found = every("decode")
+        return f"{table_body(decode_report.combined(found))}\n\n{_source(*found)} Medians; host work included."
 
     def picture() -> str:
         first = decode_report.pictures(record("decode_llama-8b-shape"))[0]
@@ -75,12 +79,20 @@ def blocks(root: Path, card: str | None = None) -> dict[str, Callable[[], str]]:
     return {"interactivity": interactivity, "steps": steps, "decode": decode, "picture": picture}
 
 
-def _source(record: Record) -> str:
-    versions = record.environment["versions"]
-    return (
-        f"{record.environment['device_name']}, {record.options['dtype']}, torch {versions['torch']}, "
-        f"{record.started[:10]}; every answer {'checked and right' if record.right else '**not** right'}."
-    )
+def _source(*records: Record) -> str:
+    """What the records were measured on, and when; whether all of them are right."""
+    seen = [
+        (
+            r.environment["device_name"],
+            r.options["dtype"],
+            f"torch {r.environment['versions']['torch']}",
+            r.started[:10],
+        )
+        for r in records
+    ]
+    said = ", ".join(" and ".join(dict.fromkeys(kind)) for kind in zip(*seen, strict=True))
+    right = all(record.right for record in records)
+    return f"{said}; every answer {'checked and right' if right else '**not** right'}."
 
 
 def filled(text: str, root: Path = ROOT, card: str | None = None) -> str:

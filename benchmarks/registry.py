@@ -8,6 +8,7 @@ import importlib
 import json
 import re
 import signal
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -17,11 +18,15 @@ import torch
 
 from djinn_fx.benchmarks.context import Context, Options
 from djinn_fx.benchmarks.environment import environment
-from djinn_fx.benchmarks.record import Json, Record, save
+from djinn_fx.benchmarks.record import Json, Record, finite, save
 from djinn_fx.benchmarks.tables import Picture, Table
+from djinn_fx.errors import InvalidValue
 
 #: The package whose files are looked through.
 PACKAGE = "djinn_fx.benchmarks"
+
+#: Exit status of a run that was ended by Ctrl-C, as shells have it.
+INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
@@ -52,12 +57,15 @@ def discover() -> dict[str, Benchmark]:
 
 
 def summaries() -> dict[str, str]:
-    """Name and first line of every benchmark, read off the files without importing one."""
+    """Name and first line of every benchmark, read off the files without importing one; a broken file says so."""
     found = {}
     for path in sorted(Path(__file__).parent.glob("*.py")):
         source = path.read_text(encoding="utf-8")
         if re.search(r"^BENCHMARK\b", source, re.MULTILINE):
-            found[path.stem] = (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
+            try:
+                found[path.stem] = (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
+            except SyntaxError as error:
+                found[path.stem] = f"broken: {error.msg}, line {error.lineno}"
     return found
 
 
@@ -65,12 +73,16 @@ def find(name: str) -> Benchmark:
     """The benchmark of a name.
 
     Raises:
-        ValueError: there is none; says which there are.
+        ValueError: there is none, and says which there are; or its file cannot be imported.
     """
     known = summaries()
     if name not in known:
         raise ValueError(f"no benchmark is called {name!r}; there are {', '.join(known)}.")
-    entry: Benchmark = importlib.import_module(f"{PACKAGE}.{name}").BENCHMARK
+    try:
+        entry: Benchmark = importlib.import_module(f"{PACKAGE}.{name}").BENCHMARK
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}"
+        raise ValueError(f"the benchmark {name!r} cannot be imported ({why}): mend benchmarks/{name}.py.") from error
     return entry
 
 
@@ -106,6 +118,27 @@ def file_name(record: Record) -> str:
     return f"{record.benchmark}_{model}.json"
 
 
+def folder_for(out: Path) -> Path:
+    """The folder of a run's files, made and tried before anything is measured.
+
+    Raises:
+        InvalidValue: no file can be written there.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            return out
+    except OSError as error:
+        raise InvalidValue(f"--out {out}: no folder that can be written ({error.strerror}); give another.") from error
+
+
+def parts_of(name: str, options: Options, out: Path) -> Parts:
+    """Where the parts of a run are kept; what an earlier run left there is removed."""
+    found = Parts(out / f"{name}_{Path(options.model).name or 'model'}.parts.jsonl")
+    found.clear()
+    return found
+
+
 @dataclass(frozen=True)
 class Parts:
     """What is left of a run that is killed: each part as it was done, a line of JSON each.
@@ -119,12 +152,18 @@ class Parts:
     def keep(self, name: str, found: Json) -> None:
         """Write a part down; one that holds objects for the next part is left out."""
         try:
-            line = json.dumps({"part": name, "found": found})
+            line = json.dumps({"part": name, "found": finite(found)}, allow_nan=False)
         except TypeError:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
+
+    @property
+    def left(self) -> str:
+        """What a run that was interrupted says."""
+        what = f"the parts done so far are in {self.path}" if self.path.exists() else "no part was done"
+        return f"interrupted: {what}; there is no record and no report."
 
     def clear(self) -> None:
         """Remove the file."""
@@ -140,7 +179,7 @@ def main(name: str, arguments: list[str] | None = None) -> int:
     """Run a benchmark as a script that needs torch, transformers and numpy alone; writes the JSON.
 
     Returns:
-        0, or 1 if an answer was wrong.
+        0, or 1 if an answer was wrong, or 130 if it was interrupted.
     """
     entry = find(name)
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=summaries()[name])
@@ -159,9 +198,16 @@ def main(name: str, arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _ended)
     out: Path = chosen.pop("out")
     options = Options(**chosen)
-    parts = Parts(out / f"{name}_{Path(options.model).name or 'model'}.parts.jsonl")
-    parts.clear()
-    record = run(entry, options, lambda line: print(line, flush=True), parts.keep)
+    try:
+        options.resolved()
+        parts = parts_of(name, options, folder_for(out))
+    except InvalidValue as error:
+        parser.error(str(error))
+    try:
+        record = run(entry, options, lambda line: print(line, flush=True), parts.keep)
+    except KeyboardInterrupt:
+        print(parts.left)
+        return INTERRUPTED
     print(save(record, out / file_name(record)))
     parts.clear()
     return 0 if record.right else 1

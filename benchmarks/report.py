@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from djinn_fx.benchmarks import plots
-from djinn_fx.benchmarks.record import Json, Record
+from djinn_fx.benchmarks.record import Json, Record, finite
 from djinn_fx.benchmarks.registry import file_name, find
 from djinn_fx.benchmarks.tables import Table, figure, missing, yes
 
@@ -38,7 +38,7 @@ def write(record: Record, folder: Path) -> Path:
     entry = find(record.benchmark)
     stem = Path(file_name(record)).stem
     for name, content in entry.extras(record).items():
-        (folder / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        (folder / name).write_text(json.dumps(finite(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     log = "".join(f"{at:9.3f}  {line}\n" for at, line in record.log)
     (folder / f"{stem}.log").write_text(log, encoding="utf-8")
     parts = [f"# {record.benchmark}: {record.title}", verdict(record)]
@@ -51,12 +51,14 @@ def write(record: Record, folder: Path) -> Path:
 
 
 def verdict(record: Record) -> str:
-    """Whether every answer was right, when it ran and how."""
+    """Whether every answer was right, or none was compared; when it ran and how."""
     wrong = [check.name for check in record.checks if check.expected and not check.held]
     said = (
         "Every answer was right." if not wrong else f"**WRONG: {'; '.join(wrong)}.** What is wrong has no speed here."
     )
-    return f"{said} {record.started}, {record.seconds:.0f} s, {record.options['dtype']}, seed {record.options['seed']}."
+    said = said if record.checks else "Nothing was measured: no answer was compared."
+    seed = record.options.get("seed", "?")
+    return f"{said} {record.started}, {record.seconds:.0f} s, {record.options['dtype']}, seed {seed}."
 
 
 def _pictures(record: Record, folder: Path, stem: str) -> list[str]:

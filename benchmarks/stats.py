@@ -14,7 +14,7 @@ Item = TypeVar("Item")
 
 def rotated(items: Sequence[Item], turn: int) -> list[Item]:
     """The items from another one on in each turn, so that none always comes first."""
-    start = turn % len(items)
+    start = turn % max(1, len(items))
     return [*items[start:], *items[:start]]
 
 

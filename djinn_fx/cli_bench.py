@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table as RichTable
 
 from djinn_fx.benchmarks.context import Options
@@ -42,24 +43,39 @@ def report(
     """Write the report of one record, or put two side by side."""
     from djinn_fx.benchmarks import report as reports
     from djinn_fx.benchmarks.record import load
+    from djinn_fx.benchmarks.registry import folder_for
 
     console = Console()
     try:
         one = load(first)
         if second is None:
-            path = reports.write(one, out or first.parent)
+            path = reports.write(one, folder_for(out or first.parent))
         else:
             other = load(second)
             for table in reports.side_by_side(one, other):
                 console.print(_rich(table))
-            path = reports.write_side_by_side(one, other, out or first.parent)
+            path = reports.write_side_by_side(one, other, folder_for(out or first.parent))
     except FileNotFoundError as error:
-        console.print(f"[bold red]no record[/bold red] at {error.filename}: give the JSON file that a run wrote.")
+        console.print(f"no record at {error.filename}: give the JSON file that a run wrote.", markup=False)
         raise typer.Exit(2) from error
     except (OSError, ValueError) as error:
-        console.print(f"[bold red]{type(error).__name__}[/bold red]: {error}")
+        _failed(console, error)
         raise typer.Exit(2) from error
-    console.print(str(path), soft_wrap=True)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        files = " or ".join(str(path) for path in (first, second) if path is not None)
+        why = f"{type(error).__name__}: {error}"
+        console.print(
+            f"{files} lacks what its report shows, or holds something else there ({why}): it was changed, or another "
+            "version wrote it; run the benchmark again.",
+            markup=False,
+        )
+        raise typer.Exit(2) from error
+    console.print(str(path), soft_wrap=True, markup=False)
+
+
+def _failed(console: Console, error: Exception) -> None:
+    """Say what went wrong; its text is no markup."""
+    console.print(f"[bold red]{type(error).__name__}[/bold red]: {escape(str(error))}")
 
 
 def run_one(name: str, options: Options, out: Path, console: Console, *, full: bool = False) -> bool:
@@ -78,20 +94,27 @@ def run_one(name: str, options: Options, out: Path, console: Console, *, full: b
     from djinn_fx.benchmarks import report as reports
     from djinn_fx.benchmarks.record import save
 
+    options.resolved()
     entry = registry.find(name)
+    parts = registry.parts_of(name, options, registry.folder_for(out))
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(name)
 
         def told(line: str) -> None:
             first = line.partition("\n")[0]
-            progress.update(task, description=f"{name}: {first[:80]}".replace("[", r"\["))
+            progress.update(task, description=escape(f"{name}: {first[:80]}"))
             loud = first.startswith(("WRONG", "Traceback")) or "absent" in first or "left out" in first
             if loud or (full and first.startswith("right")):
                 progress.console.print(line, markup=False, highlight=False)
 
-        record = registry.run(entry, options, told)
+        try:
+            record = registry.run(entry, options, told, parts.keep)
+        except KeyboardInterrupt:
+            progress.console.print(parts.left, soft_wrap=True, markup=False)
+            raise typer.Exit(registry.INTERRUPTED) from None
     path = save(record, out / registry.file_name(record))
+    parts.clear()
     written = reports.write(record, out)
     tables = entry.tables(record)
     for table in tables if full else tables[:SHOWN]:
@@ -108,11 +131,12 @@ def run_one(name: str, options: Options, out: Path, console: Console, *, full: b
 
 
 def _rich(table: Table) -> RichTable:
-    shown = RichTable(
-        *table.columns, title=table.title, title_justify="left", caption=table.note, caption_justify="left"
-    )
+    title, note = escape(table.title), escape(table.note)
+    shown = RichTable(title=title, title_justify="left", caption=note, caption_justify="left")
+    for column in table.columns:
+        shown.add_column(escape(column), overflow="fold")  # an ellipsis would hide digits
     for row in table.rows:
-        shown.add_row(*(cell.replace("**", "").replace("[", r"\[") for cell in row))
+        shown.add_row(*(escape(cell.replace("**", "")) for cell in row))
     return shown
 
 
@@ -146,7 +170,7 @@ def _command(name: str) -> Callable[..., None]:
             options = Options(model, device, dtype, backend, quick, seed, budget_seconds, peers, depths)
             right = run_one(name, options, out, console, full=full)
         except (DjinnError, OSError, ValueError) as error:
-            console.print(f"[bold red]{type(error).__name__}[/bold red]: {error}")
+            _failed(console, error)
             raise typer.Exit(2) from error
         if not right:
             raise typer.Exit(1)

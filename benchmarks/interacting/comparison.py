@@ -13,7 +13,7 @@ from djinn_fx.benchmarks.context import refused
 from djinn_fx.benchmarks.decoder import Peer
 from djinn_fx.benchmarks.interacting.bench import Bench
 from djinn_fx.benchmarks.peers.hooks import HooksDecoder
-from djinn_fx.benchmarks.peers.roster import peers
+from djinn_fx.benchmarks.peers.roster import peers, why_not
 from djinn_fx.benchmarks.record import Json
 from djinn_fx.benchmarks.stats import summary
 
@@ -106,9 +106,7 @@ def _ours(bench: Bench) -> Callable[[Work], torch.Tensor]:
 
 def _peer(bench: Bench, peer: Peer, judged: Judged, prompt: torch.Tensor) -> dict[str, Json]:
     """A peer's cells, or why there are none."""
-    why = peer.available(bench.loaded)
-    if why is None and bench.context.options.quick and peer.compiles:
-        why = "left out of a --quick run: compiling takes longer than the rest"
+    why = why_not(peer, bench.loaded, quick=bench.context.options.quick)
     if why is not None:
         bench.context.say(f"{peer.name}: absent, {why}")
         return {"absent": why}

@@ -168,7 +168,7 @@ def _steering(record: Record) -> list[Table]:
     cost = part["cost"]
     rows = [
         ["tokens changed", f"{part['tokens_changed']} of {part['tokens']}"],
-        ["logits moved by", f"{100 * part['logits_moved']:.3g} %"],
+        ["logits moved by", missing(part["logits_moved"]) or f"{100 * part['logits_moved']:.3g} %"],
         ["the same bits each time", yes(part["repeatable"])],
         ["tokens changed by the same forward hook, eager", f"{hooks['tokens_changed']} of {part['tokens']}"],
         ["tokens that differ from the hook's", f"{hooks['tokens_that_differ']} ({hooks['beyond_ties']} beyond ties)"],
@@ -253,12 +253,16 @@ def pictures(record: Record) -> list[Picture]:
     found = []
     scaling, overheads = record.results["scaling"], record.results["overhead"]
     if not missing(scaling):
-        points: list[tuple[float | str, float]] = [(row["layer"], row["median"]) for row in scaling["by_layer"]]
-        sizes: list[tuple[float | str, float]] = [(r["tokens"], r["bytes"] / 2**20) for r in scaling["by_length"]]
-        found += [
-            Picture("latency_by_layer", "Call to the stop, by layer", "lines", {"djinn_fx": points}, "layer", "ms"),
-            Picture("checkpoint_bytes", "Checkpoint by length", "lines", {"djinn_fx": sizes}, "tokens", "MiB", "xy"),
+        points: list[tuple[float | str, float]] = [
+            (row["layer"], row["median"]) for row in scaling["by_layer"] if not missing(row)
         ]
+        sizes: list[tuple[float | str, float]] = [(r["tokens"], r["bytes"] / 2**20) for r in scaling["by_length"]]
+        if points:
+            title = "Call to the stop, by layer"
+            found.append(Picture("latency_by_layer", title, "lines", {"djinn_fx": points}, "layer", "ms"))
+        found.append(
+            Picture("checkpoint_bytes", "Checkpoint by length", "lines", {"djinn_fx": sizes}, "tokens", "MiB", "xy")
+        )
     if not missing(overheads) and not missing(overheads["decode"]):
         bars: list[tuple[float | str, float]] = [
             (name, 100 * arm["against_bare"]["overhead"])

@@ -1,14 +1,16 @@
-"""Scaling: latency by layer, memory by component, checkpoint bytes by length."""
+"""Scaling: latency by layer, memory by component, checkpoint bytes by length; what was not exact has no time."""
 
 from __future__ import annotations
 
 import time
 
 from djinn_fx.benchmarks import clock
+from djinn_fx.benchmarks.answers import same_bits
 from djinn_fx.benchmarks.checkpoint import LENGTHS
+from djinn_fx.benchmarks.context import refused
+from djinn_fx.benchmarks.forking import goes_on
 from djinn_fx.benchmarks.interacting.bench import Bench
 from djinn_fx.benchmarks.record import Json
-from djinn_fx.benchmarks.stats import summary
 
 
 def run(bench: Bench) -> dict[str, Json]:
@@ -20,13 +22,15 @@ def _by_layer(bench: Bench) -> list[dict[str, Json]]:
     """Milliseconds from the call to the stop, for every layer."""
     found = []
     for layer in range(bench.loaded.layers):
-        samples = []
+        samples, wrong = [], 0
         for _ in range(bench.context.size(9, 1)):
             with bench.dj.session() as session:
                 run, _, taken = bench.to_stop(session, layer)
                 samples.append(1e3 * taken)
-                run.close()
-        found.append({"layer": layer, **summary(samples[1:] or samples, "ms")})
+                wrong += not same_bits(run.result().logits, bench.whole)
+        name = f"stopped at layer {layer} and resumed = uninterrupted"
+        check = bench.context.check(name, not wrong, f"{wrong} of {len(samples)} wrong" if wrong else "")
+        found.append({"layer": layer, **bench.context.speed(check, lambda s=samples: s[1:] or s)})  # type: ignore[misc]
     return found
 
 
@@ -52,7 +56,7 @@ def _by_length(bench: Bench) -> list[dict[str, Json]]:
     """Bytes of a checkpoint after so many tokens, and how long it takes."""
     found = []
     wanted = LENGTHS if bench.device.type == "cuda" else (16, 32, 64, 128, 256, 512)
-    lengths = [n for n in wanted if n < bench.room] or [len(bench.prompt)]
+    lengths = [n for n in wanted if n + 2 < bench.room] or [len(bench.prompt)]
     prompt = bench.loaded.prompts(1, max(lengths), bench.context.options.seed)[0].tolist()
     for length in lengths:
         with bench.dj.session() as session:
@@ -63,5 +67,9 @@ def _by_length(bench: Bench) -> list[dict[str, Json]]:
             dispatch = time.perf_counter() - start
             taken.wait()
             safe = time.perf_counter() - start
-        found.append({"tokens": length, "bytes": taken.nbytes, "dispatch_ms": 1e3 * dispatch, "safe_ms": 1e3 * safe})
+            held = goes_on(bench.dj, session, taken)
+        check = bench.context.check(f"a checkpoint of {length} tokens goes on with the same bits", held)
+        times = {"dispatch_ms": 1e3 * dispatch, "safe_ms": 1e3 * safe}
+        cells = times if check.held else dict.fromkeys(times, refused(check))
+        found.append({"tokens": length, "bytes": taken.nbytes, **cells})
     return found
