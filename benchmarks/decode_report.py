@@ -83,12 +83,11 @@ def pictures(record: Record) -> list[Picture]:
     return [
         Picture(
             name="decode_one_row",
-            title=f"Milliseconds per token, one row ({record.options['model']})",
+            title=f"Milliseconds per token, one row ({record.options['model']}, {record.environment['device_name']})",
             kind="bars",
             series={"djinn_fx": bars, "others": others},
             x="ms per token",
             floor={f"bandwidth floor: {number(results['floor_ms'])}": results["floor_ms"]},
-            log="x",
         )
     ]
 

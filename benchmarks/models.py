@@ -11,6 +11,9 @@ from torch import nn
 #: Spread of the random weights, that of GPT-2 and Llama.
 SPREAD = 0.02
 
+#: Models that need no files but the package's.
+BUILT_IN = ("gpt2", "llama-8b-shape", "tiny", "storyteller")
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -79,7 +82,7 @@ def load(name: str, device: torch.device, dtype: torch.dtype, seed: int = 0, lay
         layers: another number of blocks, for the models with random weights.
 
     Raises:
-        OSError: transformers finds no such model.
+        InvalidValue: transformers finds no such model.
         ValueError: ``layers`` for a model that has weights of its own.
     """
     config = configuration(name)
@@ -154,6 +157,8 @@ def _pretrained(name: str, device: torch.device, dtype: torch.dtype) -> Any:
     logging.disable_progress_bar()
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise bundled.no_model(name, error, BUILT_IN) from error
     finally:
         if shown:
             logging.enable_progress_bar()

@@ -112,8 +112,10 @@ def _show(trace: Trace, asked: Asked, summary: bool, console: Console) -> None:
 
     if trace.failure is not None:
         print(failure_text(trace))
-    elif not summary:
-        print(render(trace, asked), end="\n\n")
+    else:
+        graphs = render(trace, asked)  # also where it is not shown: it knows whether what was asked for is there
+        if not summary:
+            print(graphs, end="\n\n")
     explained = Explanation(trace)
     if console.is_terminal:
         console.print(explained)

@@ -57,7 +57,8 @@ def _summary(record: Record) -> Table:
     row("whole session restored at its stop", "not reported", "checkpoints", lambda p: _range(p["restore"]))
     published = "0.19 % mean, 0.24 % max"
     row("overhead per token, nothing armed", published, "overhead", lambda p: _overhead_cell(p, "nothing armed"))
-    row("... watched at every layer", published, "overhead", lambda p: _overhead_cell(p, "watched at every layer"))
+    row("... the same graph again (control)", "not reported", "overhead", lambda p: _overhead_cell(p, "bare again"))
+    row("... watched at every layer", "not reported", "overhead", lambda p: _overhead_cell(p, "watched at every layer"))
     row("tokens changed, one layer x 0.9", "2 of 512", "steering", lambda p: f"{p['tokens_changed']} of {p['tokens']}")
     row("a second request during the pause", "374 ms", "concurrency", lambda p: _range(p["b"]["during"]))
     note = "The original system's own published figures were taken on an H100; compare the last column within itself."

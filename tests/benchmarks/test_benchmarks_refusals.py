@@ -103,3 +103,10 @@ def test_a_narrow_terminal_shows_every_digit(tmp_path: Path) -> None:
     console.print(_rich(Table("A [/title]", ["a [/head]", "b", "c"], [["123,456,789", "0.123456", "[/cell]"]])))
     assert "…" not in console.export_text()
     console.file.close()
+
+
+def test_a_model_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    status, said = bench("decode", "--quick", "--model", str(tmp_path / "nosuch"), "--out", str(tmp_path))
+    assert status == 2
+    assert "nosuch" in said and "Built in: gpt2, llama-8b-shape, tiny, storyteller" in said

@@ -49,6 +49,7 @@ def test_options_narrow_what_is_shown() -> None:
     assert 'edits["resid_post.1"].tap' in site
     assert 'edits["resid_post.2"].tap' not in site
     assert "lower" not in shown("--stop-after", "split", "--summary")
+    assert "resid_post" in shown("--site", "resid_pst", "--summary", code=2)
     assert shown("--after-all").count("aten.embedding(self.weight, tokens)") == 7
 
 
