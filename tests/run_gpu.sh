@@ -5,10 +5,10 @@
 #     tests/run_gpu.sh                                 # all, within about nine minutes on 16 cores
 #     tests/run_gpu.sh kernels+passes@120 models       # one wave after the other: PART[+PART...][@SECONDS]
 #
-# Parts: kernels, passes (inspection too), runtime (tests marked `gpu`), models (tests/test_cuda.py and its neighbour), machine (the state machine,
-# compiled) and static (its decode loop over segments that are not compiled, with more examples). A part that
-# takes more than its wave's SECONDS is ended, and what it had found by then is counted. Further options of pytest go
-# into PYTEST_ADDOPTS. DJINN_TEST_DEVICE=cpu tries the last three without a GPU.
+# Parts: kernels, passes (inspection too), runtime (tests marked `gpu`), models (tests/test_cuda.py and its neighbour),
+# machine (the state machine, compiled) and static (its decode loop over segments that are not compiled, with more
+# examples). A part that takes more than its wave's SECONDS is ended, and what it had found by then is counted. Further
+# options of pytest go into PYTEST_ADDOPTS. DJINN_TEST_DEVICE=cpu tries the last three without a GPU.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON="${PYTHON:-python3}"
@@ -46,7 +46,8 @@ start() {
     machine | static)
         local backend=inductor examples=200
         [[ $name == static ]] && backend=static examples=700
-        DJINN_TEST_BACKEND="${DJINN_TEST_BACKEND:-$backend}" \
+        rm -rf "$OUT/.examples.$name" && mkdir "$OUT/.examples.$name"
+        DJINN_TEST_BACKEND="${DJINN_TEST_BACKEND:-$backend}" DJINN_STATE_LOG="$OUT/.examples.$name" \
             DJINN_STATE_EXAMPLES="${DJINN_STATE_EXAMPLES:-$examples}" DJINN_STATE_SECONDS="$((seconds * 3 / 4))" \
             part "$name" "$seconds" 7 tests/runtime/test_state_machine.py --dist loadscope -rP
         ;;
@@ -68,6 +69,10 @@ counted() {
     rm -f "$OUT/.$1"
     echo "$1: $passed passed, $failed failed, $skipped skipped, $took s, exit status $status"
     grep -hoE "^\{'model.*examples, .*" "$log" | sort -u | sed 's/^/    /'
+    if [[ -d $OUT/.examples.$1 ]]; then
+        find "$OUT/.examples.$1" -type f -exec sed 's/^/    ended early: /' {} +  # machines that were killed
+        rm -rf "$OUT/.examples.$1"
+    fi
     [[ $status == 0 ]]
 }
 

@@ -26,7 +26,7 @@ from djinn_fx.runtime.session import Session
 from djinn_fx.runtime.stop import Stop
 from tests.families import LENGTH, prompt
 from tests.oracle import Call, Script
-from tests.runtime import acts
+from tests.runtime import acts, progress
 from tests.runtime.live import Live, check_memory, holds, nothing_else_changes, settle
 from tests.runtime.setups import Setup, compiled, fill, oracle_of, poisoned
 from tests.session_script import Point, Shadow, World
@@ -326,6 +326,7 @@ class Stage(RuleBasedStateMachine):
                 self.saved.clear()
                 memory = self.dj.memory()
                 assert memory["pinned_used"] <= self.before and memory["disk"] == 0, memory
+                progress.note(self.setup, self.seen, time.monotonic() - BEGAN)
         finally:
             for session in list(engine.sessions):
                 session.close()

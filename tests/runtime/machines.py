@@ -14,7 +14,8 @@ from hypothesis.errors import FlakyStrategyDefinition
 from tests.backends import BACKEND
 from tests.families import CHUNK
 from tests.runtime.machine import BEGAN, SECONDS, Stage, TimeUpError
-from tests.runtime.setups import DEVICE, Setup
+from tests.runtime.progress import forget, report
+from tests.runtime.setups import Setup
 
 EXAMPLES = int(os.environ.get("DJINN_STATE_EXAMPLES", "200"))
 
@@ -60,9 +61,8 @@ def machine(
                 if time.monotonic() - BEGAN <= SECONDS or not made.seen["examples"]:
                     raise
             finally:
-                seen, took = dict(made.seen), time.monotonic() - begun
-                count = seen.pop("examples", 0)
-                print(f"{vars(choice)} on {DEVICE}: {count} examples, {took:.0f} s, {seen}")
+                print(report(choice, made.seen, time.monotonic() - begun))
+                forget(choice)
 
     _MADE[choice] = Case
     return Case
