@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections import Counter
 from typing import Any
@@ -62,7 +63,8 @@ def machine(
                     raise
             finally:
                 print(report(choice, made.seen, time.monotonic() - begun))
-                forget(choice)
+                if not isinstance(sys.exception(), KeyboardInterrupt):  # else nobody reads what was printed
+                    forget(choice)
 
     _MADE[choice] = Case
     return Case
