@@ -50,7 +50,12 @@ def _summary(record: Record) -> Table:
         "breakpoints",
         lambda p: "; ".join(f"layer {n}: {figure(c)} ms" for n, c in p["warm"].items()),
     )
-    row("first stop, compiling included", "37.5 s", "breakpoints", lambda p: f"{figure(p['first_with_compile_s'])} s")
+    row(
+        "first stop, compiling included",
+        "37.5 s",
+        "breakpoints",
+        lambda p: f"{figure(p['first_with_compile_s'])} s (what other runs left in caches on disk was used)",
+    )
     row("checkpoint, call returns", "0.0 ms (asynchronous)", "checkpoints", lambda p: _range(p["dispatch"]))
     row("checkpoint, safe in host memory", "not reported", "checkpoints", lambda p: _range(p["until_safe"]))
     row("activation back on the device", "1.33 ms (0.89-1.72)", "checkpoints", lambda p: _range(p["activation_back"]))
