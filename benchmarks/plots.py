@@ -88,9 +88,6 @@ def _bars(axes: Axes, picture: Picture) -> None:
     axes.bar_label(drawn, labels=[number(value) for _, value, _ in entries], padding=5)
     axes.set_yticks(places, [label for label, *_ in entries], fontsize=12)
     axes.invert_yaxis()
-    if "x" in picture.log:
-        axes.set_xscale("log")
-        _plain_ticks(axes.xaxis)
     for name, value in picture.floor.items():
         axes.axvline(value, color="#444444", linestyle="--", linewidth=1.8)
         axes.annotate(

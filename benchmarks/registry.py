@@ -114,8 +114,12 @@ def run(
 
 def file_name(record: Record) -> str:
     """The name of a record's JSON."""
-    model = Path(str(record.options["model"])).name or "model"
-    return f"{record.benchmark}_{model}.json"
+    return f"{_stem(record.benchmark, str(record.options['model']))}.json"
+
+
+def _stem(benchmark: str, model: str) -> str:
+    """How a run's files are called, without their endings."""
+    return f"{benchmark}_{Path(model).name or 'model'}"
 
 
 def folder_for(out: Path) -> Path:
@@ -134,7 +138,7 @@ def folder_for(out: Path) -> Path:
 
 def parts_of(name: str, options: Options, out: Path) -> Parts:
     """Where the parts of a run are kept; what an earlier run left there is removed."""
-    found = Parts(out / f"{name}_{Path(options.model).name or 'model'}.parts.jsonl")
+    found = Parts(out / f"{_stem(name, options.model)}.parts.jsonl")
     found.clear()
     return found
 

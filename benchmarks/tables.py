@@ -36,7 +36,7 @@ class Picture:
         series: by name.
         x: what the horizontal axis shows.
         y: what the vertical axis shows.
-        log: axes with a logarithmic scale, of ``"x"`` and ``"y"``.
+        log: axes of lines with a logarithmic scale, of ``"x"`` and ``"y"``.
         floor: lines across the bars: what each says, and where it is.
     """
 

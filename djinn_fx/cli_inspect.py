@@ -183,7 +183,7 @@ class _Making:
         """The model; with ``filled`` its weights hold numbers, since what a kernel costs may depend on them."""
         import torch
 
-        from djinn_fx.benchmarks.models import configuration, load
+        from djinn_fx.benchmarks.models import BUILT_IN, configuration, load
         from djinn_fx.inspecting.making import configuration_of, hollow, subject
 
         if self.dtype != "auto" and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
@@ -193,9 +193,7 @@ class _Making:
         if config is None:
             from djinn_fx import bundled
 
-            config = configuration_of(
-                str(bundled.PATH) if self.model == "storyteller" else self.model, _MODELS.split(", ")
-            )
+            config = configuration_of(str(bundled.PATH) if self.model == "storyteller" else self.model, BUILT_IN)
         dtype = getattr(config, "dtype", None) or torch.float32 if self.dtype == "auto" else getattr(torch, self.dtype)
         if filled:
             model = load(self.model, device, dtype, layers=self.layers).model
