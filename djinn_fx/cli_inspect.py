@@ -95,7 +95,7 @@ def inspect(
         elif code is not None:
             for name, text in trace.code.items():
                 print(f"# == {name} ==\n{text}")
-        elif failed or not (on_failure or page or jsonl):
+        elif failed or summary or not (on_failure or page or jsonl):
             _show(trace, asked, summary, Console())
     except (DjinnError, OSError, ValueError) as error:
         notes.print(f"[bold red]{type(error).__name__}[/bold red]: ", end="")

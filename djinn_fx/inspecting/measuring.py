@@ -173,7 +173,7 @@ def _kernels(what: Subject, program: Program, backend: str) -> list[int]:
 
 def _device_kernels(program: Program, env: Env, index: int) -> int:
     """What a segment launches on the device, copies and fills included."""
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as seen:
         _run(program, env, index)
         torch.cuda.synchronize()
     return sum(event.device_type == DeviceType.CUDA for event in seen.events() or ())
