@@ -1,4 +1,4 @@
-"""Several linear layers of one input: the torch side of ``djinn::linears``, and how the kernels are cut.
+"""Linear layers: the torch side of ``djinn::linears`` and ``linear_residual``, and how the kernels are cut.
 
 A decode step multiplies a few rows with every weight of the model once, so its time is the reading of
 the weights. Which kernel reads a weight, and in which tiles, is looked up here: :func:`plan` is a pure
@@ -49,11 +49,45 @@ class Tiles:
     turned: bool = False
 
 
+@dataclass(frozen=True, eq=False)
+class Into:
+    """What a linear layer's result is joined with; see :class:`djinn_fx.kernels.signatures.LinearResidual`."""
+
+    residual: Tensor
+    act: Tensor | None = None
+    scale: Tensor | None = None
+    add: Tensor | None = None
+    inject: Tensor | None = None
+    tap: Tensor | None = None
+
+
 def linears(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], transposed: Sequence[bool]
 ) -> list[Tensor]:
     """See :class:`djinn_fx.kernels.signatures.Linears`; one call of torch's own per weight."""
     return [_linear(x, *each) for each in zip(weights, biases, transposed, strict=True)]
+
+
+def linear_residual(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    transposed: bool,
+    residual: Tensor,
+    act: Tensor | None,
+    scale: Tensor | None,
+    add: Tensor | None,
+    inject: Tensor | None,
+    tap: Tensor | None,
+) -> Tensor:
+    """See :class:`djinn_fx.kernels.signatures.LinearResidual`; step by step, as the ops of a graph do it."""
+    value = residual + _linear(x, weight, bias, transposed).view(residual.shape)
+    if act is not None and scale is not None and add is not None:
+        scaled = (value.to(scale.dtype) * scale).to(value.dtype)
+        value = torch.where(act, (scaled.to(add.dtype) + add).to(value.dtype), value)
+    if inject is not None and tap is not None:
+        value = torch.where(inject, tap, value)
+    return value.contiguous()
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:

@@ -1,4 +1,4 @@
-"""The operators ``djinn::mark``, ``kv_write``, ``attention`` and ``linears``; import registers them.
+"""The operators of the namespace ``djinn``; import registers them.
 
 A captured graph holds these opaque operators. Which implementation answers is decided outside it,
 by the device of the tensors: :func:`operators` is the one table of who answers where.
@@ -22,7 +22,18 @@ from djinn_fx.kernels import kv as kv_torch
 from djinn_fx.kernels import linear as linear_torch
 from djinn_fx.kernels import triton_attention, triton_kv, triton_linear
 from djinn_fx.kernels.backend import uses_triton
-from djinn_fx.kernels.signatures import ATTENTION, KV_WRITE, LINEARS, MARK, Attention, KvWrite, Linears, Mark
+from djinn_fx.kernels.signatures import (
+    ATTENTION,
+    KV_WRITE,
+    LINEAR_RESIDUAL,
+    LINEARS,
+    MARK,
+    Attention,
+    KvWrite,
+    LinearResidual,
+    Linears,
+    Mark,
+)
 
 NAMESPACE = "djinn"
 
@@ -56,14 +67,16 @@ def operators(*, triton: bool | None = None) -> tuple[Operator[Any], ...]:
     write: dict[str, KvWrite] = {"cpu": kv_torch.kv_write, "cuda": kv_torch.kv_write}
     attend: dict[str, Attention] = {"cpu": attention_torch.attention, "cuda": attention_torch.attention}
     multiply: dict[str, Linears] = {"cpu": linear_torch.linears, "cuda": linear_torch.linears}
+    join: dict[str, LinearResidual] = {"cpu": linear_torch.linear_residual, "cuda": linear_torch.linear_residual}
     if uses_triton() if triton is None else triton:
         write["cuda"], attend["cuda"] = triton_kv.kv_write, triton_attention.attention
-        multiply["cuda"] = triton_linear.linears
+        multiply["cuda"], join["cuda"] = triton_linear.linears, triton_linear.linear_residual
     return (
         Operator[Mark]("mark", MARK, _fake_mark, {"default": _mark}),
         Operator[KvWrite]("kv_write", KV_WRITE, _fake_kv_write, write),
         Operator[Attention]("attention", ATTENTION, _fake_attention, attend),
         Operator[Linears]("linears", LINEARS, _fake_linears, multiply),
+        Operator[LinearResidual]("linear_residual", LINEAR_RESIDUAL, _fake_linear_residual, join),
     )
 
 
@@ -143,6 +156,27 @@ def _fake_linears(
             )
         made.append(x.new_empty(*x.shape[:-1], width))
     return made
+
+
+def _fake_linear_residual(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    transposed: bool,
+    residual: Tensor,
+    act: Tensor | None,
+    scale: Tensor | None,
+    add: Tensor | None,
+    inject: Tensor | None,
+    tap: Tensor | None,
+) -> Tensor:
+    made = _fake_linears(x, [weight], [bias], [transposed])[0]
+    if made.numel() != residual.numel() or made.shape[-1] != residual.shape[-1] or made.dtype != residual.dtype:
+        raise InternalError(
+            f"djinn::linear_residual: {made.dtype} {tuple(made.shape)} does not fit the residual of "
+            f"{residual.dtype} {tuple(residual.shape)}."
+        )
+    return residual.new_empty(residual.shape)
 
 
 register()

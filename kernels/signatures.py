@@ -32,6 +32,11 @@ ATTENTION = (
 
 LINEARS = "(Tensor x, Tensor[] weights, Tensor?[] biases, bool[] transposed) -> Tensor[]"
 
+LINEAR_RESIDUAL = (
+    "(Tensor x, Tensor weight, Tensor? bias, bool transposed, Tensor residual, Tensor? act, Tensor? scale, "
+    "Tensor? add, Tensor? inject, Tensor? tap) -> Tensor"
+)
+
 
 class Mark(Protocol):
     """The signature of ``djinn::mark``."""
@@ -127,4 +132,43 @@ class Linears(Protocol):
 
         Returns:
             ``[..., N]`` for each weight, contiguous, in ``x``'s dtype.
+        """
+
+
+class LinearResidual(Protocol):
+    """The signature of ``djinn::linear_residual``."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        transposed: bool,
+        residual: Tensor,
+        act: Tensor | None,
+        scale: Tensor | None,
+        add: Tensor | None,
+        inject: Tensor | None,
+        tap: Tensor | None,
+    ) -> Tensor:
+        """A linear layer, the residual that it is added to, and the edits of the sum: one token per row.
+
+        Every step is rounded to the result's dtype, as the ops that it stands for are: the layer (see
+        :class:`Linears`), the sum, ``round(sum * scale) + add`` where ``act``, and ``tap`` in its place where
+        ``inject``.
+
+        Args:
+            x: ``[..., K]``, ``B`` rows in all.
+            weight: ``[N, K]``, or ``[K, N]`` if ``transposed``.
+            bias: ``[N]`` or None.
+            transposed: the weight's layout.
+            residual: ``[B, 1, N]`` in ``x``'s dtype, any strides.
+            act: bool ``[B, 1, 1]``; None: no edits, and neither ``scale`` nor ``add``.
+            scale: ``[B, 1, N]`` in fp32, or fp64 for fp64.
+            add: likewise.
+            inject: bool ``[B, 1, 1]``; None: nothing is injected.
+            tap: ``[B, 1, N]`` in ``x``'s dtype.
+
+        Returns:
+            ``[B, 1, N]``, contiguous.
         """

@@ -4,9 +4,9 @@ One launch computes all weights of a call: the grid covers the blocks of columns
 the other, and a program finds its weight by its number. So the small projections of a layer fill the
 GPU together, as if they were packed in one weight, while each stays where the model has it.
 
-One row of ``[N, K]`` is a reduction (:func:`_row`); more rows, padded to a bucket, are a matrix
-product (:func:`_rows`). Sums are fp32 in an order that the bucket and the weights' sizes fix, rounded once; a
-row's bits do not depend on the other rows, nor on where tensors lie: inputs off 16 bytes are copied.
+One row of ``[N, K]`` is a reduction; more rows, padded to a bucket, are a matrix product
+(:mod:`djinn_fx.kernels.triton_products`). Sums are fp32 in an order that the bucket and the weights' sizes fix,
+rounded once; a row's bits do not depend on the other rows, nor on where tensors lie: inputs off 16 bytes are copied.
 
 On Hopper kernels are launched while their predecessor still runs, if it lets them (programmatic
 dependent launch): they send for their first weights, which nothing computes, and wait for it before they
@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from djinn_fx.kernels import linear as twin
-from djinn_fx.kernels.backend import jit, tl
-from djinn_fx.kernels.linear import MOST_WEIGHTS, Tiles, plan
+from djinn_fx.kernels.linear import MOST_WEIGHTS, Into, Tiles, plan
+from djinn_fx.kernels.triton_products import _merge, _row, _rows
 
 #: Bytes at whose multiples tensors must begin.
 ALIGNMENT = 16
@@ -36,6 +36,9 @@ AHEAD = 256
 
 #: Bytes of shared memory that the compiler may want beside the operands.
 RESERVED = 4096
+
+#: Registers of a thread where a row is joined with its edits: as many as without them, or programs wait for a place.
+REGISTERS = 64
 
 #: Number of a block that no grid reaches: where an absent weight would begin.
 _NEVER = 2**31 - 1
@@ -55,6 +58,35 @@ def linears(
     return launch(x, weights, biases, transposed[0], cut)
 
 
+def linear_residual(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    transposed: bool,
+    residual: Tensor,
+    act: Tensor | None,
+    scale: Tensor | None,
+    add: Tensor | None,
+    inject: Tensor | None,
+    tap: Tensor | None,
+) -> Tensor:
+    """See :class:`djinn_fx.kernels.signatures.LinearResidual`; what the kernels do not take is left to torch."""
+    into = Into(residual, act, scale, add, inject, tap)
+    depth, width = x.shape[-1], residual.shape[-1]
+    cut = plan(x.numel() // max(depth, 1), depth, [width], transposed, x.dtype)
+    if cut is None or not all(_readable(tensor, x.dtype) for tensor in (weight, bias)) or not _joinable(into):
+        return twin.linear_residual(x, weight, bias, transposed, residual, act, scale, add, inject, tap)
+    return launch(x, [weight], [bias], transposed, cut, into=into)[0].view(residual.shape)
+
+
+def _joinable(into: Into) -> bool:
+    """Whether the kernels can read what a product is joined with."""
+    tables = [table for table in (into.scale, into.add) if table is not None]
+    others = [table for table in (into.act, into.inject, into.tap) if table is not None]
+    flat = all(table.is_contiguous() for table in (*tables, *others))
+    return flat and all(table.dtype == torch.float32 for table in tables)
+
+
 def _readable(tensor: Tensor | None, dtype: torch.dtype) -> bool:
     """Whether the kernels can read a weight or bias; they do not check again."""
     if tensor is None:
@@ -72,6 +104,7 @@ def launch(
     early: bool | None = None,
     hinted: bool | None = None,
     ahead: int = AHEAD,
+    into: Into | None = None,
 ) -> list[Tensor]:
     """Compute by the kernels what :func:`djinn_fx.kernels.linear.plan` allows them.
 
@@ -84,6 +117,7 @@ def launch(
         early: launch before the predecessor has ended; None: where the GPU can.
         hinted: tell the cache that weights are read once; None: where sums are reductions, which it helped.
         ahead: how much of ``K`` to prefetch before the predecessor has ended; for measurements.
+        into: what the product of a single weight is joined with.
 
     Returns:
         ``[..., N]`` per weight, contiguous.
@@ -105,6 +139,7 @@ def launch(
     parts = x.new_empty(cut.splits, rows, sum(widths), dtype=torch.float32) if cut.splits > 1 else flat
     offsets = [sum(widths[:index]) for index in range(len(widths))]
     flags = [bias is not None for bias in biases]
+    joined, level = _operands(into, flat)
     tables: tuple[Any, ...] = (
         *_padded([bias if bias is not None else some if some is not None else flat for bias in biases]),
         *_padded(outs),
@@ -115,14 +150,16 @@ def launch(
     options: dict[str, Any] = {"num_warps": cut.warps, "num_stages": stages}
     if early:
         options["launch_pdl"] = True
+    if level > 1 and cut.rows == cut.splits == 1 and x.is_cuda:
+        options["maxnreg"] = REGISTERS
     with torch.cuda.device_of(x):
         (_row if cut.rows == 1 else _rows)[sum(blocks), cut.splits](
             flat, *_padded(list(weights)), parts, *tables, *_padded(firsts, _NEVER)[1:], *_padded(offsets)[1:],
-            rows, depth, sum(widths), -(-depth // (cut.splits * cut.depth)) * cut.depth,
+            *joined, rows, depth, sum(widths), -(-depth // (cut.splits * cut.depth)) * cut.depth,
             ROWS=cut.rows, COLUMNS=cut.columns, DEPTH=cut.depth, STAGES=stages, SPLITS=cut.splits,
             EVEN=depth % (cut.depth * cut.splits) == 0, TRANSPOSED=transposed, TURNED=cut.turned,
             BIASED=some is not None, AHEAD=ahead if early else 0, EARLY=early, HINTED=hinted, EXACT=not x.is_cuda,
-            **options,
+            INTO=level, **options,
         )  # fmt: skip
         if cut.splits > 1:
             merged = [-(-width // MERGED) for width in widths]
@@ -130,7 +167,8 @@ def launch(
             options["num_warps"] = 2
             _merge[sum(merged), rows](
                 parts, *tables, *_padded(starts, _NEVER)[1:], *_padded(offsets)[1:],
-                rows, sum(widths), COLUMNS=MERGED, SPLITS=cut.splits, BIASED=some is not None, EARLY=early, **options,
+                *joined, rows, sum(widths),
+                COLUMNS=MERGED, SPLITS=cut.splits, BIASED=some is not None, EARLY=early, INTO=level, **options,
             )  # fmt: skip
     return outs
 
@@ -144,199 +182,15 @@ def _stages(x: Tensor, cut: Tiles) -> int:
     return max(1, min(cut.stages, (shared - RESERVED) // ((cut.columns + cut.rows) * cut.depth * x.itemsize)))
 
 
+def _operands(into: Into | None, absent: Tensor) -> tuple[list[Tensor], int]:
+    """What the kernels join a product with, ``absent`` for what they do not, and which of it they do."""
+    if into is None:
+        return [absent] * 6, 0
+    tables = (into.act, into.scale, into.add, into.inject, into.tap)
+    level = 1 if into.act is None else 2 if into.inject is None else 3
+    return [into.residual.contiguous(), *(absent if table is None else table for table in tables)], level
+
+
 def _padded(items: Sequence[Any], absent: Any = None) -> list[Any]:
     """Items for all of the kernels' weights: the last one, or ``absent``, stands for those not there."""
     return [*items, *[items[-1] if absent is None else absent] * (MOST_WEIGHTS - len(items))]
-
-
-_RUNTIME = ("f1", "f2", "f3", "c1", "c2", "c3", "h0", "h1", "h2", "h3", "rows", "total")
-
-
-@jit(do_not_specialize=_RUNTIME)
-def _row(  # type: ignore[no-untyped-def]
-    x, w0, w1, w2, w3, parts, b0, b1, b2, b3, o0, o1, o2, o3, n0, n1, n2, n3, h0, h1, h2, h3,
-    f1, f2, f3, c1, c2, c3, rows, depth, total, run,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, SPLITS: tl.constexpr,
-    EVEN: tl.constexpr, TRANSPOSED: tl.constexpr, TURNED: tl.constexpr, BIASED: tl.constexpr,
-    AHEAD: tl.constexpr, EARLY: tl.constexpr, HINTED: tl.constexpr, EXACT: tl.constexpr,
-):  # fmt: skip
-    """One row ``x`` ``[K]`` times a block of columns of one weight; grid ``[blocks, splits]``.
-
-    Weight ``i`` has ``n_i`` columns, a bias if ``h_i``, its blocks from ``f_i`` on and its columns of
-    ``parts`` ``[splits, 1, total]`` from ``c_i`` on. ``run`` is how much of ``K`` a split takes.
-    """
-    pid = tl.program_id(0)
-    w, bias, out, width, has, first, column = w0, b0, o0, n0, h0, f1 * 0, c1 * 0
-    if pid >= f1:
-        w, bias, out, width, has, first, column = w1, b1, o1, n1, h1, f1, c1
-    if pid >= f2:
-        w, bias, out, width, has, first, column = w2, b2, o2, n2, h2, f2, c2
-    if pid >= f3:
-        w, bias, out, width, has, first, column = w3, b3, o3, n3, h3, f3, c3
-    begin = tl.program_id(1) * run
-    end = tl.minimum(begin + run, depth)
-    start_n = (pid - first) * COLUMNS
-    c = tl.arange(0, COLUMNS)
-    n = start_n + c
-    d = tl.arange(0, DEPTH)
-    if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
-        if AHEAD > 0:
-            _prefetch(w, start_n, begin, width, depth, COLUMNS, AHEAD, TRANSPOSED)
-        tl.extra.cuda.gdc_wait()
-    hint: tl.constexpr = "evict_first" if HINTED else ""
-    if TRANSPOSED:
-        acc = tl.zeros((DEPTH, COLUMNS), tl.float32)
-        for k in tl.range(begin, end, DEPTH, num_stages=STAGES):
-            at = w + (k + d)[:, None] * width + n[None, :]
-            if EVEN:
-                weight = tl.load(at, mask=(n < width)[None, :], other=0.0, eviction_policy=hint)
-                values = tl.load(x + k + d)
-            else:
-                live = k + d < end
-                weight = tl.load(at, mask=live[:, None] & (n < width)[None, :], other=0.0, eviction_policy=hint)
-                values = tl.load(x + k + d, mask=live, other=0.0)
-            acc += weight.to(tl.float32) * values.to(tl.float32)[:, None]
-        sums = tl.sum(acc, 0)
-    else:
-        acc = tl.zeros((COLUMNS, DEPTH), tl.float32)
-        # Columns that are not there repeat the last one, which needs no mask.
-        base = w + start_n.to(tl.int64) * depth
-        rest = tl.minimum(c, width - 1 - start_n)[:, None] * depth
-        for k in tl.range(begin, end, DEPTH, num_stages=STAGES):
-            at = base + rest + (k + d)[None, :]
-            if EVEN:
-                weight = tl.load(at, eviction_policy=hint)
-                values = tl.load(x + k + d)
-            else:
-                live = k + d < end
-                weight = tl.load(at, mask=live[None, :], other=0.0, eviction_policy=hint)
-                values = tl.load(x + k + d, mask=live, other=0.0)
-            acc += weight.to(tl.float32) * values.to(tl.float32)[None, :]
-        sums = tl.sum(acc, 1)
-    if SPLITS > 1:
-        tl.store(parts + tl.program_id(1) * total + column + n, sums, mask=n < width)
-    else:
-        if BIASED:
-            sums += tl.load(bias + n, mask=(n < width) & (has != 0), other=0.0).to(tl.float32)
-        tl.store(out + n, sums.to(out.dtype.element_ty), mask=n < width)
-
-
-@jit(do_not_specialize=_RUNTIME)
-def _rows(  # type: ignore[no-untyped-def]
-    x, w0, w1, w2, w3, parts, b0, b1, b2, b3, o0, o1, o2, o3, n0, n1, n2, n3, h0, h1, h2, h3,
-    f1, f2, f3, c1, c2, c3, rows, depth, total, run,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, SPLITS: tl.constexpr,
-    EVEN: tl.constexpr, TRANSPOSED: tl.constexpr, TURNED: tl.constexpr, BIASED: tl.constexpr,
-    AHEAD: tl.constexpr, EARLY: tl.constexpr, HINTED: tl.constexpr, EXACT: tl.constexpr,
-):  # fmt: skip
-    """Rows ``x`` ``[rows, K]`` times a block of columns of one weight; otherwise as :func:`_row`.
-
-    Rows that are not there repeat the last one and are not written.
-    """
-    pid = tl.program_id(0)
-    w, bias, out, width, has, first, column = w0, b0, o0, n0, h0, f1 * 0, c1 * 0
-    if pid >= f1:
-        w, bias, out, width, has, first, column = w1, b1, o1, n1, h1, f1, c1
-    if pid >= f2:
-        w, bias, out, width, has, first, column = w2, b2, o2, n2, h2, f2, c2
-    if pid >= f3:
-        w, bias, out, width, has, first, column = w3, b3, o3, n3, h3, f3, c3
-    begin = tl.program_id(1) * run
-    end = tl.minimum(begin + run, depth)
-    start_n = (pid - first) * COLUMNS
-    c = tl.arange(0, COLUMNS)
-    n = start_n + c
-    d = tl.arange(0, DEPTH)
-    m = tl.arange(0, ROWS)
-    x_at = x + tl.minimum(m, rows - 1)[:, None] * depth
-    base = w + start_n.to(tl.int64) * depth
-    rest = tl.minimum(c, width - 1 - start_n)[:, None] * depth
-    if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
-        if AHEAD > 0:
-            _prefetch(w, start_n, begin, width, depth, COLUMNS, AHEAD, TRANSPOSED)
-        tl.extra.cuda.gdc_wait()
-    hint: tl.constexpr = "evict_first" if HINTED else ""
-    acc = tl.zeros((COLUMNS, ROWS) if TURNED else (ROWS, COLUMNS), tl.float32)
-    for k in tl.range(begin, end, DEPTH, num_stages=STAGES):
-        live = k + d < end
-        if EVEN:
-            values = tl.load(x_at + (k + d)[None, :])
-        else:
-            values = tl.load(x_at + (k + d)[None, :], mask=live[None, :], other=0.0)
-        if TRANSPOSED:
-            at = w + (k + d)[:, None] * width + n[None, :]
-            if EVEN:
-                weight = tl.load(at, mask=(n < width)[None, :], other=0.0, eviction_policy=hint)
-            else:
-                weight = tl.load(at, mask=live[:, None] & (n < width)[None, :], other=0.0, eviction_policy=hint)
-        else:
-            at = base + rest + (k + d)[None, :]
-            if EVEN:
-                weight = tl.load(at, eviction_policy=hint)
-            else:
-                weight = tl.load(at, mask=live[None, :], other=0.0, eviction_policy=hint)
-        if EXACT:
-            weight, values = weight.to(tl.float32), values.to(tl.float32)
-        if TURNED:
-            if TRANSPOSED:
-                weight = tl.trans(weight)
-            acc = tl.dot(weight, tl.trans(values), acc, input_precision="ieee")
-        else:
-            if not TRANSPOSED:
-                weight = tl.trans(weight)
-            acc = tl.dot(values, weight, acc, input_precision="ieee")
-    if TURNED:
-        acc = tl.trans(acc)
-    inside = (m < rows)[:, None] & (n < width)[None, :]
-    if SPLITS > 1:
-        at = (tl.program_id(1) * rows + m)[:, None] * total + (column + n)[None, :]
-        tl.store(parts + at, acc, mask=inside)
-    else:
-        if BIASED:
-            acc += tl.load(bias + n, mask=(n < width) & (has != 0), other=0.0).to(tl.float32)[None, :]
-        tl.store(out + m[:, None] * width + n[None, :], acc.to(out.dtype.element_ty), mask=inside)
-
-
-@jit
-def _prefetch(  # type: ignore[no-untyped-def]
-    w, start_n, begin, width, depth, COLUMNS: tl.constexpr, AHEAD: tl.constexpr, TRANSPOSED: tl.constexpr
-):
-    """Send for the first ``AHEAD`` of ``K``, of a block of columns, 128 bytes at a time."""
-    if TRANSPOSED:
-        k = tl.minimum(begin + tl.arange(0, AHEAD), depth - 1)
-        n = tl.minimum(start_n + tl.arange(0, (COLUMNS + 63) // 64) * 64, width - 1)
-        at = w + k[:, None] * width + n[None, :]
-    else:
-        k = tl.minimum(begin + tl.arange(0, AHEAD // 64) * 64, depth - 1)
-        n = tl.minimum(tl.arange(0, COLUMNS), width - 1 - start_n)
-        at = w + start_n.to(tl.int64) * depth + n[:, None] * depth + k[None, :]
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
-@jit(do_not_specialize=_RUNTIME)
-def _merge(  # type: ignore[no-untyped-def]
-    parts, b0, b1, b2, b3, o0, o1, o2, o3, n0, n1, n2, n3, h0, h1, h2, h3, f1, f2, f3, c1, c2, c3, rows, total,
-    COLUMNS: tl.constexpr, SPLITS: tl.constexpr, BIASED: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
-    """Add up the splits of a block of columns of one row, in their order; grid ``[blocks, rows]``."""
-    pid, m = tl.program_id(0), tl.program_id(1)
-    bias, out, width, has, first, column = b0, o0, n0, h0, f1 * 0, c1 * 0
-    if pid >= f1:
-        bias, out, width, has, first, column = b1, o1, n1, h1, f1, c1
-    if pid >= f2:
-        bias, out, width, has, first, column = b2, o2, n2, h2, f2, c2
-    if pid >= f3:
-        bias, out, width, has, first, column = b3, o3, n3, h3, f3, c3
-    n = (pid - first) * COLUMNS + tl.arange(0, COLUMNS)
-    sums = tl.zeros((COLUMNS,), tl.float32)
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
-    for split in tl.static_range(SPLITS):
-        sums += tl.load(parts + (split * rows + m) * total + column + n, mask=n < width, other=0.0)
-    if BIASED:
-        sums += tl.load(bias + n, mask=(n < width) & (has != 0), other=0.0).to(tl.float32)
-    tl.store(out + m * width + n, sums.to(out.dtype.element_ty), mask=n < width)

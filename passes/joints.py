@@ -1,8 +1,9 @@
 """Where a program that nobody stops inside is cut, so that equal layers are compiled once.
 
 A decode step always runs to its end, so its program need not be cut at its sites. It is cut once a layer, right behind
-the last matrix product before the residual: what such an op makes is written to memory in any case, so nothing that
-could be fused is torn apart, and still layers that differ only in their weights are equal graphs.
+the last matrix product before the residual, or the op that adds it too: what such an op makes is written to memory in
+any case, so nothing that could be fused is torn apart, and still layers that differ only in their weights are equal
+graphs.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ def joints(gm: fx.GraphModule) -> set[fx.Node]:
     product: fx.Node | None = None
     for node in compute_nodes(gm):
         if any(name.startswith(_RESIDUAL) for name in node.meta.get(NAMES, ())):
+            product = node if is_product(node) else product
             cuts |= {product} if product is not None else set()
             product = None
         elif is_product(node) or (node.target is operator.getitem and product is node.args[0]):

@@ -29,6 +29,7 @@ from djinn_fx.passes.head import head
 from djinn_fx.passes.identity import export_key
 from djinn_fx.passes.lower import CLASS, RUN, lower, lower_eager
 from djinn_fx.passes.projections import projections
+from djinn_fx.passes.residuals import residuals
 from djinn_fx.passes.roles import assign_roles
 from djinn_fx.passes.runner import run_passes
 from djinn_fx.passes.source import Inputs, Source, flatten_inputs, normalise_inputs
@@ -97,7 +98,7 @@ def build(
         store: keeps the capture for the next build of this shape.
         exports: keeps captures of language models on disk.
         cuts: ``"sites"`` or ``"both"``; or elsewhere: the sites are then steered and tapped, but nobody can stop there.
-        grouped: give linear layers to :func:`djinn_fx.passes.projections.projections`.
+        grouped: give linear layers to our own kernels: the passes ``projections`` and ``residuals``.
 
     Raises:
         CaptureError: the model cannot be captured at this shape.
@@ -163,7 +164,7 @@ class _Build:
             grouped=self.grouped,
             origin=_origin(source, inputs, self.arenas),
         )
-        stages = [stage for stage in _BUILD if self.grouped or stage.name != "projections"]
+        stages = [stage for stage in _BUILD if self.grouped or stage.name not in _GROUPED]
         records = _up_to(captured.records, stop_after)
         if stop_after not in [record.name for record in captured.records]:
             gm, records = run_passes(gm, _up_to(stages, stop_after), ctx, records)
@@ -237,14 +238,17 @@ def _origin(source: Source, inputs: Inputs | None, arenas: Arenas) -> Origin:
 _BUILD = (
     Stage("head", "headed", head),
     Stage("projections", "headed", projections),
+    Stage("residuals", "headed", residuals),
     Stage("steer", "steered", steer),
     Stage("split", "split", split),
     Stage("yields", "yielded", yields),
     Stage("lower", "lowered", lower),
 )
 
+#: The passes that bring in our own linear layers.
+_GROUPED = ("projections", "residuals")
 
-#: Names of the passes of a build, in order; a language model has them all, but for ``projections``.
+#: Names of the passes of a build, in order; a language model has them all, but for ``projections`` and ``residuals``.
 PASSES = ("capture", "annotate", "roles", *(stage.name for stage in _BUILD))
 
 

@@ -22,6 +22,7 @@ from djinn_fx.passes.graph import (
     shape_of,
     val,
 )
+from djinn_fx.passes.residuals import LINEAR_RESIDUAL
 from djinn_fx.passes.tables import nodes_of
 from djinn_fx.sites import Site
 from djinn_fx.specs import ACTIVATIONS, edit_tables
@@ -51,14 +52,13 @@ def _steer_site(gm: fx.GraphModule, ctx: PassContext, site: Site, node: fx.Node,
     emit = Emitter(gm, after, node.meta[MODULE])
     value = _to_site(emit, ctx, site, node)
     tables = _tables(gm, ctx, site)
+    last = value
     if tables:
-        value = _edited(emit, value, tables)
-        if ctx.variant == "rank":
-            value = _rank_edited(emit, ctx, value, tables)
-        value = emit(aten.where.self, tables["inject"], tables["tap"], value)
+        if value.target is LINEAR_RESIDUAL:
+            value = _edited_within(emit, ctx, value, tables)
+        else:
+            value = _injected(emit, _rank_edited(emit, ctx, _edited(emit, value, tables), tables), tables)
         last = emit(aten.copy_.default, tables["tap"], value)
-    else:
-        last = value
     value.meta.update({ENV: site.name, SITE: site})
     last.meta[CUT] = site
     result = _from_site(emit, site, value, node)
@@ -110,6 +110,18 @@ def _tables(gm: fx.GraphModule, ctx: PassContext, site: Site) -> Mapping[str, fx
     return tables
 
 
+def _edited_within(emit: Emitter, ctx: PassContext, value: fx.Node, tables: Mapping[str, fx.Node]) -> fx.Node:
+    """Let the op that makes the value edit it too: rank edits alone, which read the whole row, come behind it."""
+    within = ["act", "scale", "add", *(["inject", "tap"] if ctx.variant == "armed" else [])]
+    value.args = (*value.args[:5], *(tables[part] for part in within), *[None] * (5 - len(within)))
+    return value if ctx.variant == "armed" else _injected(emit, _rank_edited(emit, ctx, value, tables), tables)
+
+
+def _injected(emit: Emitter, value: fx.Node, tables: Mapping[str, fx.Node]) -> fx.Node:
+    """The value, or what stands in its tap by now."""
+    return emit(aten.where.self, tables["inject"], tables["tap"], value)
+
+
 def _edited(emit: Emitter, value: fx.Node, tables: Mapping[str, fx.Node]) -> fx.Node:
     """``where(act, round(round(x * scale) + add), x)``, each step in the wide dtype."""
     scaled = emit(aten.mul.Tensor, _widened(emit, value, tables), tables["scale"])
@@ -129,7 +141,9 @@ def _rounded(emit: Emitter, value: fx.Node, like: fx.Node) -> fx.Node:
 
 
 def _rank_edited(emit: Emitter, ctx: PassContext, value: fx.Node, tables: Mapping[str, fx.Node]) -> fx.Node:
-    """``where(rank_act, round(h + sum_j delta_j write_j), x)``, one slot after the other."""
+    """``where(rank_act, round(h + sum_j delta_j write_j), x)``, one slot after the other; ``value`` without slots."""
+    if ctx.variant != "rank":
+        return value
     rows, tokens = shape_of(value)[:2]
     wide = _widened(emit, value, tables)
     flat = emit(aten.reshape.default, wide, [rows, tokens, -1])

@@ -191,6 +191,8 @@ def _look_ahead(engine: Engine, others: Sequence[Run], groups: Sequence[Sequence
     if loop is None or len(groups) > 1 or not (groups or riding.runs):
         return
     group = groups[0] if groups else []
+    if len(group) == len(others) == 1 and not riding.runs and planner.flight_of(group[0]).step.injections:
+        return  # a part of a step is over before another is prepared: who edited it and waits gets its token first
     decoding = set(map(id, group))
     joining = sum(1 for run in others if id(run) not in decoding and planner.joins(run))
     going, staying = planner.going(group, engine.options), riding.staying(engine)

@@ -99,6 +99,8 @@ class Flight:
         """Let new edits act at the sites behind the one just passed."""
         before, reached = self.step, self.reached
         self.step = before.steered(reached, steering)
+        if self.step is before:
+            return
         later = [site for site in sites if site.order > reached]
         if any(acting(before, site) is not acting(self.step, site) for site in later):
             self.values = None

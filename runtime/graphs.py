@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from djinn_fx.kernels.advance import advance
 from djinn_fx.program import LENGTHS, LOGITS, POSITIONS, TOKENS, Feed, Program
+from djinn_fx.runtime.lanes import copy_all
 from djinn_fx.runtime.segments import Env, run_segments
 
 #: Runs before a graph is captured: kernels are compiled and tuned in the first, and libraries make their workspaces.
@@ -20,18 +21,76 @@ Stream = torch.cuda.Stream | None
 
 
 @dataclass(frozen=True, eq=False)
+class Captured:
+    """A step, or a part of one, that runs on the current stream without waiting; on CUDA it is a graph."""
+
+    run: Callable[[], None]
+    graph: torch.cuda.CUDAGraph | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Replayed:
     """A program over static buffers.
 
+    What its segments hand to one another stays where it is until the next run, so that a step may be run again from
+    one of them on.
+
     Attributes:
         program: the program.
-        run: runs a whole step on the current stream, without waiting.
-        logits: the logits ``[rows, 1, vocab]`` of the last run; the next one overwrites them.
+        step: runs a whole step.
+        values: what the last run made, by environment name; the next one overwrites it.
     """
 
     program: Program
-    run: Callable[[], None]
-    logits: Callable[[], torch.Tensor]
+    step: Captured
+    values: Env
+    _end: Callable[[Env], None]
+    _stream: Stream
+    _rests: dict[int, Captured | None] = field(default_factory=dict, repr=False)
+
+    def run(self, first: int = 0) -> None:
+        """Run a step on the current stream, without waiting.
+
+        Args:
+            first: the segment to begin with: what those before it made in the last run, and wrote to the arena, is
+                what they would make now.
+        """
+        rest = self._rest(first) if first else None
+        (rest or self.step).run()
+
+    def logits(self) -> torch.Tensor:
+        """The logits ``[rows, 1, vocab]`` of the last run; the next one overwrites them."""
+        return self.values[LOGITS]
+
+    def _rest(self, first: int) -> Captured | None:
+        """Runs the segments from ``first`` on; None for a whole step: at first, and where weights stream.
+
+        To capture it takes longer than a step, which pays when it is asked for again.
+        """
+        if self.program.feed is not None:
+            return None
+        if first not in self._rests and self._stream is not None:
+            self._rests[first] = None
+            return None
+        if self._rests.get(first) is None:
+            self._rests[first] = self._remainder(first)
+        return self._rests[first]
+
+    def _remainder(self, first: int) -> Captured:
+        made = sorted({name for segment in self.program.segments[first:] for name in segment.outputs})
+
+        @torch.no_grad()
+        def step() -> None:
+            env = dict(self.values)
+            run_segments(self.program, env, first, len(self.program.segments) - 1)
+            self._end(env)
+            copy_all([self.values[name] for name in made], [env[name] for name in made])
+
+        if self._stream is None or self.step.graph is None:
+            return Captured(step)
+        values = [self.values[name] for name in made]
+        copy_all(values, [value.clone() for value in values])  # so that no kernel is loaded in a capture
+        return _captured(step, self._stream, None, again=self.step.graph)
 
 
 def capture(program: Program, inputs: Env, slot: torch.Tensor, ring: torch.Tensor, stream: Stream) -> Replayed:
@@ -46,43 +105,51 @@ def capture(program: Program, inputs: Env, slot: torch.Tensor, ring: torch.Tenso
         ring: likewise.
         stream: where to warm up and capture on CUDA; one for all programs, since libraries keep memory per stream.
     """
-    made: dict[str, torch.Tensor] = {}
+    values: Env = {}
+
+    def end(env: Env) -> None:
+        advance(env[LOGITS][:, 0], env[TOKENS][:, 0], env[POSITIONS][:, 0], env[LENGTHS], slot, ring)
 
     @torch.no_grad()
     def step() -> None:
         env = dict(inputs)
         run_segments(program, env, 0, len(program.segments) - 1)
-        made[LOGITS] = env[LOGITS]
-        advance(env[LOGITS][:, 0], env[TOKENS][:, 0], env[POSITIONS][:, 0], env[LENGTHS], slot, ring)
+        values.update(env)
+        end(env)
 
-    def logits() -> torch.Tensor:
-        return made[LOGITS]
-
-    return Replayed(program, step if stream is None else _captured(step, stream, program.feed), logits)
+    made = Captured(step) if stream is None else _captured(step, stream, program.feed)
+    return Replayed(program, made, values, end, stream)
 
 
-def _captured(step: Callable[[], None], stream: torch.cuda.Stream, feed: Feed | None) -> Callable[[], None]:
-    """Warm up on a stream of its own and capture the step as a CUDA graph; returns its replay."""
+def _captured(
+    step: Callable[[], None], stream: torch.cuda.Stream, feed: Feed | None, again: torch.cuda.CUDAGraph | None = None
+) -> Captured:
+    """Warm up on a stream of its own and capture the step as a CUDA graph.
+
+    A part of what a graph holds ``again`` is warm, and takes its memory: the two never run at a time.
+    """
     with torch.cuda.device(stream.device):
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(WARMUP):
+            for _ in range(WARMUP if again is None else 0):
                 step()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # Other threads may use the GPU meanwhile, as long as they leave this stream alone.
         with (
             nullcontext() if feed is None else feed.capturing(),
-            torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
+            torch.cuda.graph(
+                graph, None if again is None else again.pool(), stream=stream, capture_error_mode="thread_local"
+            ),
         ):
             step()
             if feed is not None:
                 feed.join()
     if feed is None:
-        return graph.replay
+        return Captured(graph.replay, graph)
 
     def replay() -> None:
         with feed.replaying():
             graph.replay()
 
-    return replay
+    return Captured(replay, graph)

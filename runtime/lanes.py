@@ -279,7 +279,10 @@ def copy_all(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -
         pair[0].append(target)
         pair[1].append(source)
     for some, values in by_dtype.values():
-        torch._foreach_copy_(some, values)
+        if len(some) == 1:
+            some[0].copy_(values[0])  # a launch less dear to the host
+        else:
+            torch._foreach_copy_(some, values)
 
 
 def send(host: torch.Tensor, target: torch.Tensor) -> None:

@@ -47,6 +47,7 @@ class Launch:
     Attributes:
         rows: the seat of each live lane.
         number: counts the launches of these lanes; says where its tokens go.
+        whole: whether what it wrote to the arena is still there.
 
     Args:
         shape: the program's shape.
@@ -73,7 +74,7 @@ class Launch:
         self._by_row = {seat.row.arena_row: seat for seat in rows.values()}
         self._lanes, self._logits = lanes, logits
         self._values: weakref.WeakSet[LaunchValues] = weakref.WeakSet()
-        self._over = False
+        self._over, self.whole = False, True
         self._tokens = lanes.ring[number % SLOTS, : shape.rows]
         self._arrived = lanes.outbox.passed(number)
         self._read: list[int] | None = None

@@ -23,6 +23,7 @@ from djinn_fx.runtime.lanes import Lanes, Written
 from djinn_fx.runtime.launch import Launch, LaunchValues, Seat
 from djinn_fx.runtime.outbox import SLOTS
 from djinn_fx.runtime.programs import ProgramCache
+from djinn_fx.runtime.remainder import first_changed, first_segments
 from djinn_fx.runtime.steps import UNKNOWN
 from djinn_fx.runtime.tables import BatchRow
 from djinn_fx.sites import Site
@@ -52,6 +53,7 @@ class DecodeLoop:
     _recent: deque[weakref.ref[Launch]] = field(default_factory=partial(deque, maxlen=SLOTS - 1), repr=False)
     _last: Launch | None = field(default=None, repr=False)
     _ahead: Launch | None = field(default=None, repr=False)
+    _begins: dict[tuple[int, Variant], list[int]] = field(default_factory=dict, repr=False)
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -136,10 +138,15 @@ class DecodeLoop:
         return self._counted(self._last)
 
     def drop(self, row: int | None = None) -> None:
-        """Give up what was launched ahead; with ``row`` only if it runs a step in that row of the arena."""
-        ahead = self._ahead
+        """Give up what was launched ahead; with ``row`` only if it runs a step in that row of the arena.
+
+        What the last launch wrote into that row may be gone then, so no part of it can be taken over.
+        """
+        ahead, last = self._ahead, self._last
         if ahead is not None and (row is None or ahead.seat_of(row) is not None):
             self._ahead = None
+        if last is not None and row is not None and last.seat_of(row) is not None:
+            last.whole = False
 
     def prepare(self, rows: int, variant: Variant) -> Replayed:
         """The program of a bucket and variant, compiled and captured now if it is the first time."""
@@ -222,6 +229,7 @@ class DecodeLoop:
         """
         replayed = self.prepare(shape.rows, variant)
         last, self._last = self._last, None
+        begin = 0 if last is None else self._begin(last, rows, plans, replayed)
         if last is not None:
             last.end()
         for lane in range(shape.rows):
@@ -236,7 +244,7 @@ class DecodeLoop:
         else:
             some = self._numbers({lane: rows.get(lane) for lane in changed})
             self.lanes.change_ints(some, shape.rows, self._number)
-        self._run(replayed)
+        self._run(replayed, begin)
         made = Launch(shape, replayed.program.variant, rows, self.lanes, replayed.logits, self._number, before)
         self._last = self._counted(made)
         return made
@@ -262,12 +270,24 @@ class DecodeLoop:
             found[lane] = (token, start, seat.row.arena_row, start + 1)
         return found
 
-    def _run(self, replayed: Replayed) -> None:
+    def _begin(self, last: Launch, rows: Mapping[int, Seat], plans: Mapping[int, Written], replayed: Replayed) -> int:
+        """The segment to begin with: 0, or where the last launch, which is run again, differs from what is wanted."""
+        key = (last.shape.rows, last.variant)
+        if not last.whole or self._ready.get(key) is not replayed:
+            return 0
+        first = first_changed(last, rows, self._number, self.lanes.written, plans, self.sites)
+        if first is None:
+            return 0
+        if key not in self._begins:
+            self._begins[key] = first_segments(replayed.program, self.sites)
+        return min(self._begins[key][first:])
+
+    def _run(self, replayed: Replayed, begin: int = 0) -> None:
         """Run a program, once the place where its tokens go is free."""
         oldest = self._recent[0]() if len(self._recent) == self._recent.maxlen else None
         if oldest is not None:
             oldest.tokens()
-        replayed.run()
+        replayed.run(begin)
 
     def _counted(self, launch: Launch) -> Launch:
         self._number += 1

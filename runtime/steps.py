@@ -100,7 +100,10 @@ class Step:
         return replace(self, injections={**self.injections, site: value})
 
     def steered(self, after: int, edits: Steering) -> Step:
-        """This step with ``edits`` acting at the sites behind order ``after``."""
+        """This step with ``edits`` acting at the sites behind order ``after``; itself if they do so already."""
+        since, acting = self.steering[-1]
+        if acting is edits and since <= after:
+            return self
         kept = tuple(pair for pair in self.steering if pair[0] < after)
         return replace(self, steering=(*kept, (after, edits)))
 

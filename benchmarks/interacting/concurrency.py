@@ -1,4 +1,8 @@
-"""Concurrency: A stands in the middle of a forward pass, B runs from start to end, A goes on."""
+"""Concurrency: A stands in the middle of a forward pass, B runs from start to end, A goes on.
+
+B alone finds the host's caches warm from the B before it; behind A's half of a pass it does not, whether A still stands
+there or not. A control tells the two apart: A got as far, and was closed, before B begins.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,9 @@ from djinn_fx.benchmarks.interacting.bench import Bench
 from djinn_fx.benchmarks.record import Json
 from djinn_fx.benchmarks.stats import overhead
 
+#: B without A; while A is paused; after A was paused and closed.
+ARMS = ("alone", "during", "after")
+
 
 def run(bench: Bench) -> dict[str, Json]:
     """Both exact; B's latency alone and during the pause, in turns; memory before, during and after."""
@@ -21,25 +28,30 @@ def run(bench: Bench) -> dict[str, Json]:
         expected = session.forward(other).result().logits.clone()
     memory = _memory(bench, other, expected)
     check = context.check("A, paused and resumed, and B, run meanwhile: both bit for bit as alone", memory.pop("held"))
-    samples: dict[str, list[float]] = {"alone": [], "during": []}
+    samples: dict[str, list[float]] = {name: [] for name in ARMS}
     rounds = context.size(60, 3)
     if check.held:
         for turn in range(rounds):
-            for name in ("alone", "during") if turn % 2 else ("during", "alone"):
-                samples[name].append(1e3 * _b(bench, other, paused=name == "during"))
+            for name in ARMS[turn % len(ARMS) :] + ARMS[: turn % len(ARMS)]:
+                samples[name].append(1e3 * _b(bench, other, name))
     found = {name: context.speed(check, lambda name=name: samples[name]) for name in samples}  # type: ignore[misc]
-    ratio = overhead(samples["alone"], samples["during"], seed=context.options.seed) if check.held else None
-    return {"memory_bytes": memory, "b": found, "during_against_alone": ratio, "exact": check.held}
+    ratios = {
+        f"during_against_{name}": overhead(samples[name], samples["during"], seed=context.options.seed)
+        if check.held
+        else None
+        for name in ("alone", "after")
+    }
+    return {"memory_bytes": memory, "b": found, **ratios, "exact": check.held}
 
 
-def _b(bench: Bench, other: list[int], *, paused: bool) -> float:
-    """Seconds of B's forward, A paused meanwhile or not there at all."""
+def _b(bench: Bench, other: list[int], arm: str) -> float:
+    """Seconds of B's forward: A not there at all, paused meanwhile, or paused and closed before."""
     with bench.dj.session() as a, bench.dj.session() as b:
-        run_a = None
-        if paused:
-            run_a, _, _ = bench.to_stop(a, bench.middle)
+        run_a = None if arm == "alone" else bench.to_stop(a, bench.middle)[0]
+        if run_a is not None and arm == "after":
+            run_a.close()
         taken = clock.seconds(bench.device, lambda: b.forward(other).run_to_end())
-        if run_a is not None:
+        if run_a is not None and arm == "during":
             run_a.close()
     return taken
 

@@ -190,15 +190,24 @@ def _steering(record: Record) -> list[Table]:
 
 def _concurrency(record: Record) -> list[Table]:
     part = record.results["concurrency"]
-    memory, ratio = part["memory_bytes"], part["during_against_alone"]
+    memory = part["memory_bytes"]
+
+    def difference(name: str) -> str:
+        ratio = part.get(name)
+        return "-" if ratio is None else f"{share(ratio['overhead'])} ({share(ratio['low'])} to {share(ratio['high'])})"
+
     rows = [
         ["both exact", yes(part["exact"])],
         ["B alone", _range(part["b"]["alone"])],
         ["B during A's pause", _range(part["b"]["during"])],
-        [
-            "difference",
-            "-" if ratio is None else f"{share(ratio['overhead'])} ({share(ratio['low'])} to {share(ratio['high'])})",
-        ],
+        ["difference", difference("during_against_alone")],
+    ]
+    if "after" in part["b"]:  # records from before there was this control
+        rows += [
+            ["B after A was stopped there and closed (control)", _range(part["b"]["after"])],
+            ["during the pause, over the control", difference("during_against_after")],
+        ]
+    rows += [
         *(
             [f"memory, {key.replace('_', ' ')}", mebibytes(memory[key])]
             for key in ("before", "a_paused", "b_done", "after")

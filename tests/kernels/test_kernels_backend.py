@@ -18,7 +18,7 @@ WITHOUT_TRITON = """
 import sys
 sys.modules["triton"] = None  # as if it were not installed
 import torch, djinn_fx.kernels.ops
-from djinn_fx.kernels import backend, pack, triton_attention, triton_kv, triton_pack, triton_prefill
+from djinn_fx.kernels import backend, pack, triton_attention, triton_kv, triton_linear, triton_pack, triton_prefill
 assert not backend.uses_triton()
 buffer = torch.empty(16, dtype=torch.uint8)
 pack.pack([torch.ones(4)], buffer)
@@ -31,8 +31,10 @@ def answers_on_cuda(*, triton: bool | None) -> list[object]:
 
 
 def test_operators_can_be_told_who_answers() -> None:
-    assert answers_on_cuda(triton=False) == [kv.kv_write, attention.attention, linear.linears]
-    assert answers_on_cuda(triton=True) == [triton_kv.kv_write, triton_attention.attention, triton_linear.linears]
+    twins = [kv.kv_write, attention.attention, linear.linears, linear.linear_residual]
+    assert answers_on_cuda(triton=False) == twins
+    kernels = [triton_kv.kv_write, triton_attention.attention, triton_linear.linears, triton_linear.linear_residual]
+    assert answers_on_cuda(triton=True) == kernels
 
 
 def test_the_environment_forces_the_twins(monkeypatch: pytest.MonkeyPatch) -> None:

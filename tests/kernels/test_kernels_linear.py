@@ -16,6 +16,7 @@ from djinn_fx.kernels import ops
 from djinn_fx.kernels.linear import BUCKETS, Tiles, bucket, kernel_choices, linears, plan
 from tests.bits import assert_same_bits
 from tests.kernels.linear_cases import check_close, make_call
+from tests.kernels.residual_cases import LEVELS, check_levels
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 OP = torch.ops.djinn.linears
@@ -81,6 +82,22 @@ def test_export_and_inductor_keep_it() -> None:
     for module in (program.module(), artifact):
         for found, expected in zip(module(*args), wanted, strict=True):
             assert_same_bits(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_joined_with_a_residual(dtype: torch.dtype, transposed: bool) -> None:
+    joined = torch.ops.djinn.linear_residual
+    assert len(list(check_levels(joined, OP, 3, 24, 16, transposed=transposed, dtype=dtype))) == len(LEVELS)
+
+
+def test_a_residual_that_does_not_fit_is_named() -> None:
+    x, weights, _, _ = make_call(2, 16, [24], dtype=torch.float32)
+    for residual in (torch.ones(2, 1, 16), torch.ones(3, 1, 24), torch.ones(2, 1, 24, dtype=torch.float64)):
+        with pytest.raises(InternalError, match="does not fit the residual"):
+            torch.ops.djinn.linear_residual(
+                x.to("meta"), weights[0].to("meta"), None, False, residual.to("meta"), *[None] * 5
+            )
 
 
 def test_cuda_goes_to_the_kernels_unless_told_otherwise() -> None:

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from djinn_fx.kernels.linear import BUCKETS, bucket
-from djinn_fx.kernels.triton_linear import linears
+from djinn_fx.kernels.triton_linear import linear_residual, linears
 from tests.bits import assert_same_bits
 from tests.kernels.linear_cases import check_close, make_call
+from tests.kernels.residual_cases import LEVELS, check_levels
 
 LAYOUTS = pytest.mark.parametrize("transposed", [False, True], ids=["linear", "conv1d"])
 
@@ -82,3 +83,14 @@ def test_within_a_cuda_graph_behind_a_kernel_that_writes_the_input() -> None:
         graph.replay()
         for found, wanted in zip(outs, linears(source * 0.5, weights, biases, layouts), strict=True):
             assert_same_bits(found, wanted)
+
+
+@pytest.mark.gpu
+@LAYOUTS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [1, 3, 16, 32, 64])
+@pytest.mark.parametrize(("depth", "width"), [(14336, 4096), (4096, 4096), (3072, 768), (768, 768), (72, 40)])
+def test_joined_with_a_residual(depth: int, width: int, rows: int, dtype: torch.dtype, transposed: bool) -> None:
+    """A layer, its residual and its edits in one kernel have the bits of the single ops."""
+    options = {"transposed": transposed, "dtype": dtype, "device": "cuda"}
+    assert len(list(check_levels(linear_residual, linears, rows, depth, width, **options))) == len(LEVELS)

@@ -55,9 +55,9 @@ class Counter:
     def __enter__(self) -> Counter:
         inner = self.loop._run
 
-        def run(replayed: Any) -> None:
+        def run(replayed: Any, begin: int = 0) -> None:
             self.runs += 1
-            inner(replayed)
+            inner(replayed, begin)
 
         self.patch = mock.patch.object(self.loop, "_run", run)
         self.patch.start()

@@ -1,0 +1,66 @@
+"""A decode step that runs again need not begin at its beginning.
+
+At a stop in a decode step the step has run to its end. Where the user changes something, it runs again with the change
+in its tables. What lies before the first table that changed would come to what it came to, so it is left out: what its
+segments made is still in the static buffers, and their keys and values are in the arena.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from djinn_fx.program import Program
+from djinn_fx.runtime.lanes import STALE, Written
+from djinn_fx.runtime.launch import Launch, Seat
+from djinn_fx.runtime.steps import Step
+from djinn_fx.sites import Site
+
+
+def first_segments(program: Program, sites: Sequence[Site]) -> list[int]:
+    """For each site, the first segment that takes one of its tables."""
+    found: dict[str, int] = {}
+    for segment in program.segments:
+        for name in segment.inputs:
+            found.setdefault(name.rpartition(":")[0], segment.index)
+    return [found.get(site.name, 0) for site in sites]
+
+
+def first_changed(
+    last: Launch,
+    rows: Mapping[int, Seat],
+    number: int,
+    written: Sequence[Written],
+    plans: Mapping[int, Written],
+    sites: Sequence[Site],
+) -> int | None:
+    """The first site at which a launch differs from the last one; None unless it is that very step again.
+
+    Args:
+        last: the last launch.
+        rows: the seats of the new one.
+        number: its number.
+        written: what the lanes' tables held in the last launch.
+        plans: what they must hold.
+        sites: the compiled sites, in execution order.
+    """
+    if rows.keys() != last.rows.keys():
+        return None
+    changed: set[int] = set()
+    for lane, seat in rows.items():
+        before = last.rows[lane]
+        if before.row.arena_row != seat.row.arena_row or before.start(last.number) != seat.start(number):
+            return None
+        if seat.row.step.tokens[0] != last.fed(before) or written[lane] is STALE:
+            return None
+        changed.update(_differ(before.row.step, seat.row.step, written[lane], plans[lane], sites))
+    return min(changed, default=None)
+
+
+def _differ(before: Step, now: Step, was: Written, will: Written, sites: Sequence[Site]) -> Iterator[int]:
+    """Indices of the sites where one lane is edited or injected into otherwise than it was."""
+    old, new = was.edits or {}, will.edits or {}
+    yield from (index for index in old.keys() | new.keys() if old.get(index) is not new.get(index))
+    for index in {*was.injected, *will.injected}:
+        name = sites[index].name
+        if before.injections.get(name) is not now.injections.get(name):
+            yield index

@@ -1,0 +1,169 @@
+"""Decode steps that run again from where they changed: the same bits, and not more than has to run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+import djinn_fx as djinn
+from djinn_fx.runtime.graphs import Replayed
+from tests.bits import assert_same_bits
+from tests.runtime.tiny import another_dj, direction, prompt
+
+#: Tokens of each run.
+NEW = 6
+
+Act = Callable[[djinn.Dj, djinn.Stop], None]
+
+
+@pytest.fixture(scope="module", params=["gpt2", "llama-bf16"])
+def pair(request: pytest.FixtureRequest) -> Iterator[tuple[djinn.Dj, djinn.Dj]]:
+    """One model on the decode loop, and the same model step by step."""
+    loop, steps = (another_dj(request.param, backend=name, batch_invariant=True) for name in ("static", "eager"))
+    yield loop, steps
+    loop.close()
+    steps.close()
+
+
+def nothing(dj: djinn.Dj, stop: djinn.Stop) -> None:
+    """Leave it as it is."""
+
+
+def scaled(dj: djinn.Dj, stop: djinn.Stop) -> None:
+    """Write to the value."""
+    stop.value.mul_(-1.5)
+
+
+def assigned(dj: djinn.Dj, stop: djinn.Stop) -> None:
+    """Put another tensor in the value's place."""
+    stop.value = stop.value + 0.25
+
+
+def steered(dj: djinn.Dj, stop: djinn.Stop) -> None:
+    """Change what the next layer does."""
+    stop.session.steer("resid_post.1", scale=1.0 + stop.position / 8)
+
+
+def ablated(dj: djinn.Dj, stop: djinn.Stop) -> None:
+    """The same by an edit that another program has."""
+    stop.session.steer("resid_post.1", ablate=direction(stop.position))
+
+
+def offloaded(dj: djinn.Dj, stop: djinn.Stop) -> None:
+    """Move the session away, and write to the value."""
+    with dj.engine.lock:
+        dj.engine.offload(stop.session)
+    scaled(dj, stop)
+
+
+def checkpointed(dj: djinn.Dj, stop: djinn.Stop) -> None:
+    """Let another session run from here, then write to the value."""
+    with dj.restore(stop.checkpoint()) as other:
+        assert other.run is not None
+        other.run.result()
+    scaled(dj, stop)
+
+
+def everything(dj: djinn.Dj, act: Act, sites: list[str], every: int = 1) -> tuple[list[int], Tensor, list[Tensor]]:
+    """Tokens, logits and taps of a run that stops at ``sites`` and does something at each ``every``-th stop."""
+    with dj.session() as session:
+        points = [djinn.break_at(site, positions="generated") for site in sites]
+        run = session.generate(
+            prompt(7), max_new_tokens=NEW, breakpoints=points, output_logits=True, capture=["resid_post.*"]
+        )
+        for number, stop in enumerate(run):
+            if number % every == 0:
+                act(dj, stop)
+        result = run.result()
+    assert result.logits is not None
+    return result.tokens.tolist(), result.logits, [result.cache[name] for name in sorted(result.cache)]
+
+
+@contextmanager
+def begins() -> Iterator[list[int]]:
+    """The segments with which steps begin."""
+    found: list[int] = []
+    inner = Replayed.run
+
+    def run(self: Replayed, first: int = 0) -> None:
+        found.append(first)
+        inner(self, first)
+
+    with mock.patch.object(Replayed, "run", run):
+        yield found
+
+
+@pytest.mark.parametrize("sites", [["resid_post.0"], ["resid_post.1"], ["resid_post.0", "resid_post.1"]], ids="+".join)
+@pytest.mark.parametrize(
+    "act", [nothing, scaled, assigned, steered, ablated, offloaded, checkpointed], ids=lambda act: act.__name__
+)
+@pytest.mark.parametrize("every", [1, 3])
+def test_bits_stay(pair: tuple[djinn.Dj, djinn.Dj], act: Act, sites: list[str], every: int) -> None:
+    ours, theirs = (everything(dj, act, sites, every) for dj in pair)
+    assert ours[0] == theirs[0]
+    assert_same_bits(ours[1], theirs[1])
+    for mine, other in zip(ours[2], theirs[2], strict=True):
+        assert_same_bits(mine, other)
+
+
+@pytest.mark.parametrize(("act", "again"), [(nothing, 0), (scaled, NEW - 1), (assigned, NEW - 1), (offloaded, 0)])
+def test_only_what_changed_runs_again(pair: tuple[djinn.Dj, djinn.Dj], act: Act, again: int) -> None:
+    """An edited step begins behind the layers before it, once for each token; not if its KV was away meanwhile."""
+    with begins() as found:
+        everything(pair[0], act, ["resid_post.1"])
+    assert sum(first > 0 for first in found) == again
+
+
+def test_the_second_edit_of_a_step_begins_at_its_own_layer(pair: tuple[djinn.Dj, djinn.Dj]) -> None:
+    with begins() as found:
+        everything(pair[0], scaled, ["resid_post.0", "resid_post.1"])
+    assert [first for first in found if first] == [1, 2] * (NEW - 1)
+
+
+def test_a_batch_begins_where_the_first_of_its_rows_changed(pair: tuple[djinn.Dj, djinn.Dj]) -> None:
+    """Two rows stop in one step, are edited at different layers, and run again together."""
+    results = []
+    for dj in pair:
+        with dj.session() as one, dj.session() as two, begins() as found:
+            runs = [
+                session.generate(
+                    prompt(7, seed),
+                    max_new_tokens=NEW,
+                    breakpoints=[djinn.break_at(f"resid_post.{seed}", positions="generated")],
+                    output_logits=True,
+                )
+                for seed, session in enumerate((one, two))
+            ]
+            for stop in dj.as_stopped(runs):
+                stop.value.mul_(0.5)
+            results.append([run.result() for run in runs])
+    assert not any(found)  # the eager one has no such runs
+    for mine, other in zip(*results, strict=True):
+        assert mine.tokens.tolist() == other.tokens.tolist()
+        assert_same_bits(mine.logits, other.logits)
+
+
+def test_a_poisoned_stretch_before_the_edit_is_not_read(pair: tuple[djinn.Dj, djinn.Dj]) -> None:
+    """What is left out is really left out: its values may be anything by then."""
+    dj = pair[0]
+    wanted = everything(dj, scaled, ["resid_post.1"])
+    inner = Replayed.run
+
+    def run(self: Replayed, first: int = 0) -> None:
+        if first:
+            kept = {name for segment in self.program.segments[first:] for name in segment.inputs}
+            for segment in self.program.segments[:first]:
+                for name in segment.outputs:
+                    if name not in kept and self.values[name].is_floating_point():
+                        self.values[name].fill_(torch.nan)
+        inner(self, first)
+
+    with mock.patch.object(Replayed, "run", run):
+        found = everything(dj, scaled, ["resid_post.1"])
+    assert found[0] == wanted[0]
+    assert_same_bits(found[1], wanted[1])
