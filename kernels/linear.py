@@ -59,6 +59,7 @@ class Into:
     add: Tensor | None = None
     inject: Tensor | None = None
     tap: Tensor | None = None
+    soon: tuple[Tensor, ...] = ()
 
 
 def linears(
@@ -79,6 +80,7 @@ def linear_residual(
     add: Tensor | None,
     inject: Tensor | None,
     tap: Tensor | None,
+    soon: Sequence[Tensor],
 ) -> Tensor:
     """See :class:`djinn_fx.kernels.signatures.LinearResidual`; step by step, as the ops of a graph do it."""
     value = residual + _linear(x, weight, bias, transposed).view(residual.shape)

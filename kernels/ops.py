@@ -169,6 +169,7 @@ def _fake_linear_residual(
     add: Tensor | None,
     inject: Tensor | None,
     tap: Tensor | None,
+    soon: Sequence[Tensor],
 ) -> Tensor:
     made = _fake_linears(x, [weight], [bias], [transposed])[0]
     if made.numel() != residual.numel() or made.shape[-1] != residual.shape[-1] or made.dtype != residual.dtype:

@@ -34,7 +34,7 @@ LINEARS = "(Tensor x, Tensor[] weights, Tensor?[] biases, bool[] transposed) -> 
 
 LINEAR_RESIDUAL = (
     "(Tensor x, Tensor weight, Tensor? bias, bool transposed, Tensor residual, Tensor? act, Tensor? scale, "
-    "Tensor? add, Tensor? inject, Tensor? tap) -> Tensor"
+    "Tensor? add, Tensor? inject, Tensor? tap, Tensor[] soon) -> Tensor"
 )
 
 
@@ -150,6 +150,7 @@ class LinearResidual(Protocol):
         add: Tensor | None,
         inject: Tensor | None,
         tap: Tensor | None,
+        soon: Sequence[Tensor],
     ) -> Tensor:
         """A linear layer, the residual that it is added to, and the edits of the sum: one token per row.
 
@@ -168,6 +169,7 @@ class LinearResidual(Protocol):
             add: likewise.
             inject: bool ``[B, 1, 1]``; None: nothing is injected.
             tap: ``[B, 1, N]`` in ``x``'s dtype.
+            soon: tables ``[B, slots, N]`` that are read next; they may be brought nearer, and change nothing.
 
         Returns:
             ``[B, 1, N]``, contiguous.

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from djinn_fx.kernels import linear as twin
 from djinn_fx.kernels.linear import MOST_WEIGHTS, Into, Tiles, plan
-from djinn_fx.kernels.triton_products import _merge, _row, _rows
+from djinn_fx.kernels.triton_products import merge_splits, product_of_row, product_of_rows
 
 #: Bytes at whose multiples tensors must begin.
 ALIGNMENT = 16
@@ -39,6 +39,9 @@ RESERVED = 4096
 
 #: Registers of a thread where a row is joined with its edits: as many as without them, or programs wait for a place.
 REGISTERS = 64
+
+#: Slots of a row that are sent for at most.
+MOST_SLOTS = 8
 
 #: Number of a block that no grid reaches: where an absent weight would begin.
 _NEVER = 2**31 - 1
@@ -69,13 +72,14 @@ def linear_residual(
     add: Tensor | None,
     inject: Tensor | None,
     tap: Tensor | None,
+    soon: Sequence[Tensor],
 ) -> Tensor:
     """See :class:`djinn_fx.kernels.signatures.LinearResidual`; what the kernels do not take is left to torch."""
-    into = Into(residual, act, scale, add, inject, tap)
+    into = Into(residual, act, scale, add, inject, tap, tuple(soon))
     depth, width = x.shape[-1], residual.shape[-1]
     cut = plan(x.numel() // max(depth, 1), depth, [width], transposed, x.dtype)
     if cut is None or not all(_readable(tensor, x.dtype) for tensor in (weight, bias)) or not _joinable(into):
-        return twin.linear_residual(x, weight, bias, transposed, residual, act, scale, add, inject, tap)
+        return twin.linear_residual(x, weight, bias, transposed, residual, act, scale, add, inject, tap, soon)
     return launch(x, [weight], [bias], transposed, cut, into=into)[0].view(residual.shape)
 
 
@@ -139,7 +143,7 @@ def launch(
     parts = x.new_empty(cut.splits, rows, sum(widths), dtype=torch.float32) if cut.splits > 1 else flat
     offsets = [sum(widths[:index]) for index in range(len(widths))]
     flags = [bias is not None for bias in biases]
-    joined, level = _operands(into, flat)
+    joined, level, slots = _operands(into, flat)
     tables: tuple[Any, ...] = (
         *_padded([bias if bias is not None else some if some is not None else flat for bias in biases]),
         *_padded(outs),
@@ -153,22 +157,23 @@ def launch(
     if level > 1 and cut.rows == cut.splits == 1 and x.is_cuda:
         options["maxnreg"] = REGISTERS
     with torch.cuda.device_of(x):
-        (_row if cut.rows == 1 else _rows)[sum(blocks), cut.splits](
+        (product_of_row if cut.rows == 1 else product_of_rows)[sum(blocks), cut.splits](
             flat, *_padded(list(weights)), parts, *tables, *_padded(firsts, _NEVER)[1:], *_padded(offsets)[1:],
             *joined, rows, depth, sum(widths), -(-depth // (cut.splits * cut.depth)) * cut.depth,
             ROWS=cut.rows, COLUMNS=cut.columns, DEPTH=cut.depth, STAGES=stages, SPLITS=cut.splits,
             EVEN=depth % (cut.depth * cut.splits) == 0, TRANSPOSED=transposed, TURNED=cut.turned,
             BIASED=some is not None, AHEAD=ahead if early else 0, EARLY=early, HINTED=hinted, EXACT=not x.is_cuda,
-            INTO=level, **options,
+            INTO=level, SLOTS=slots, **options,
         )  # fmt: skip
         if cut.splits > 1:
             merged = [-(-width // MERGED) for width in widths]
             starts = [sum(merged[:index]) for index in range(len(merged))]
             options["num_warps"] = 2
-            _merge[sum(merged), rows](
+            merge_splits[sum(merged), rows](
                 parts, *tables, *_padded(starts, _NEVER)[1:], *_padded(offsets)[1:],
                 *joined, rows, sum(widths),
-                COLUMNS=MERGED, SPLITS=cut.splits, BIASED=some is not None, EARLY=early, INTO=level, **options,
+                COLUMNS=MERGED, SPLITS=cut.splits, BIASED=some is not None, EARLY=early, INTO=level,
+                SLOTS=slots, **options,
             )  # fmt: skip
     return outs
 
@@ -182,13 +187,21 @@ def _stages(x: Tensor, cut: Tiles) -> int:
     return max(1, min(cut.stages, (shared - RESERVED) // ((cut.columns + cut.rows) * cut.depth * x.itemsize)))
 
 
-def _operands(into: Into | None, absent: Tensor) -> tuple[list[Tensor], int]:
-    """What the kernels join a product with, ``absent`` for what they do not, and which of it they do."""
+def _operands(into: Into | None, absent: Tensor) -> tuple[list[Tensor], int, int]:
+    """What the kernels join a product with, ``absent`` for what they do not; which of it they do; slots to send for."""
     if into is None:
-        return [absent] * 6, 0
+        return [absent] * 8, 0, 0
     tables = (into.act, into.scale, into.add, into.inject, into.tap)
     level = 1 if into.act is None else 2 if into.inject is None else 3
-    return [into.residual.contiguous(), *(absent if table is None else table for table in tables)], level
+    soon = into.soon if len(into.soon) == 2 and all(_sendable(table, into.residual) for table in into.soon) else ()
+    joined = [into.residual.contiguous(), *(absent if table is None else table for table in tables)]
+    return [*joined, *(soon or (absent, absent))], level, soon[0].shape[1] if soon else 0
+
+
+def _sendable(table: Tensor, residual: Tensor) -> bool:
+    """Whether the kernels can send for a table ``[B, slots, N]``."""
+    fits = (table.shape[0], table.shape[-1]) == (residual.shape[0], residual.shape[-1]) and table.dim() == 3
+    return fits and table.is_contiguous() and table.dtype == torch.float32 and table.shape[1] <= MOST_SLOTS
 
 
 def _padded(items: Sequence[Any], absent: Any = None) -> list[Any]:

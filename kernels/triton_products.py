@@ -5,6 +5,7 @@ by a row's edits, 3 it may be replaced as well. All of it is elementwise, each s
 result's dtype as the ops of a graph round, so bits do not depend on where it is computed. What the host wrote (edits)
 is sent for before the predecessor has ended, like weights. The kernel of one row reads it no earlier than at the end of
 its loop: with more registers in the loop, a multiprocessor would hold fewer programs than it takes to hide memory.
+``SLOTS`` rows of ``read`` and ``write`` are sent for as well, for whoever comes next; nothing here reads them.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ _RUNTIME = ("f1", "f2", "f3", "c1", "c2", "c3", "h0", "h1", "h2", "h3", "rows", 
 
 
 @jit(do_not_specialize=_RUNTIME)
-def _row(  # type: ignore[no-untyped-def]
+def product_of_row(  # type: ignore[no-untyped-def]
     x, w0, w1, w2, w3, parts, b0, b1, b2, b3, o0, o1, o2, o3, n0, n1, n2, n3, h0, h1, h2, h3,
-    f1, f2, f3, c1, c2, c3, residual, act, scale, add, inject, tap, rows, depth, total, run,
+    f1, f2, f3, c1, c2, c3, residual, act, scale, add, inject, tap, read, write,
+    rows, depth, total, run,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, SPLITS: tl.constexpr,
     EVEN: tl.constexpr, TRANSPOSED: tl.constexpr, TURNED: tl.constexpr, BIASED: tl.constexpr,
     AHEAD: tl.constexpr, EARLY: tl.constexpr, HINTED: tl.constexpr, EXACT: tl.constexpr, INTO: tl.constexpr,
+    SLOTS: tl.constexpr,
 ):  # fmt: skip
     """One row ``x`` ``[K]`` times a block of columns of one weight; grid ``[blocks, splits]``.
 
@@ -48,6 +51,8 @@ def _row(  # type: ignore[no-untyped-def]
         if SPLITS == 1 and INTO > 1:
             _send_for(scale, start_n, width, COLUMNS)
             _send_for(add, start_n, width, COLUMNS)
+        if SPLITS == 1:
+            _send_for_slots(read, write, start_n, width, COLUMNS, SLOTS)
         tl.extra.cuda.gdc_wait()
     hint: tl.constexpr = "evict_first" if HINTED else ""
     if SPLITS == 1 and INTO > 0:
@@ -95,14 +100,16 @@ def _row(  # type: ignore[no-untyped-def]
 
 
 @jit(do_not_specialize=_RUNTIME)
-def _rows(  # type: ignore[no-untyped-def]
+def product_of_rows(  # type: ignore[no-untyped-def]
     x, w0, w1, w2, w3, parts, b0, b1, b2, b3, o0, o1, o2, o3, n0, n1, n2, n3, h0, h1, h2, h3,
-    f1, f2, f3, c1, c2, c3, residual, act, scale, add, inject, tap, rows, depth, total, run,
+    f1, f2, f3, c1, c2, c3, residual, act, scale, add, inject, tap, read, write,
+    rows, depth, total, run,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, SPLITS: tl.constexpr,
     EVEN: tl.constexpr, TRANSPOSED: tl.constexpr, TURNED: tl.constexpr, BIASED: tl.constexpr,
     AHEAD: tl.constexpr, EARLY: tl.constexpr, HINTED: tl.constexpr, EXACT: tl.constexpr, INTO: tl.constexpr,
+    SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """Rows ``x`` ``[rows, K]`` times a block of columns of one weight; otherwise as :func:`_row`.
+    """Rows ``x`` ``[rows, K]`` times a block of columns of one weight; otherwise as :func:`product_of_row`.
 
     Rows that are not there repeat the last one and are not written.
     """
@@ -197,10 +204,11 @@ def _prefetch(  # type: ignore[no-untyped-def]
 
 
 @jit(do_not_specialize=_RUNTIME)
-def _merge(  # type: ignore[no-untyped-def]
+def merge_splits(  # type: ignore[no-untyped-def]
     parts, b0, b1, b2, b3, o0, o1, o2, o3, n0, n1, n2, n3, h0, h1, h2, h3, f1, f2, f3, c1, c2, c3,
-    residual, act, scale, add, inject, tap, rows, total,
+    residual, act, scale, add, inject, tap, read, write, rows, total,
     COLUMNS: tl.constexpr, SPLITS: tl.constexpr, BIASED: tl.constexpr, EARLY: tl.constexpr, INTO: tl.constexpr,
+    SLOTS: tl.constexpr,
 ):  # fmt: skip
     """Add up the splits of a block of columns of one row, in their order; grid ``[blocks, rows]``."""
     pid, m = tl.program_id(0), tl.program_id(1)
@@ -218,6 +226,8 @@ def _merge(  # type: ignore[no-untyped-def]
         on, put = _flags(act, inject, m, INTO)
         edits = _edits(on, put, scale, add, tap, at, n < width, INTO)
     if EARLY:
+        skipped = m * SLOTS * width
+        _send_for_slots(read + skipped, write + skipped, (pid - first) * COLUMNS, width, COLUMNS, SLOTS)
         tl.extra.cuda.gdc_wait()
     if INTO > 0:
         kept = tl.load(residual + at, mask=n < width, other=0.0)
@@ -233,11 +243,21 @@ def _merge(  # type: ignore[no-untyped-def]
 
 @jit
 def _send_for(table, start_n, width, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Send for a block of columns of a table of one row."""
-    at = table + tl.minimum(start_n + tl.arange(0, COLUMNS), width - 1)
+    """Send for a block of columns of one row of a table in fp32, 128 bytes at a time."""
+    at = table + tl.minimum(start_n + tl.arange(0, (COLUMNS + 31) // 32) * 32, width - 1)
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
     )
+
+
+@jit
+def _send_for_slots(  # type: ignore[no-untyped-def]
+    read, write, start_n, width, COLUMNS: tl.constexpr, SLOTS: tl.constexpr
+):
+    """Send for a block of columns of a row's slots in two tables, which whoever comes next will read."""
+    for slot in tl.static_range(SLOTS):
+        _send_for(read + slot * width, start_n, width, COLUMNS)
+        _send_for(write + slot * width, start_n, width, COLUMNS)
 
 
 @jit

@@ -45,7 +45,7 @@ def _join(gm: fx.GraphModule, total: fx.Node, chosen: frozenset[str]) -> None:
         x, weights, biases, transposed = call.args
         emit = Emitter(gm, total, total.meta[MODULE])
         arguments = (x, weights[0], biases[0], transposed[0], residual)  # type: ignore[index]
-        node = emit(LINEAR_RESIDUAL, *arguments, None, None, None, None, None)
+        node = emit(LINEAR_RESIDUAL, *arguments, *[None] * 5, [])
         node.meta = {**total.meta, "val": node.meta["val"]}
         total.replace_all_uses_with(node)
         _erase(gm, total, layer, call)

@@ -112,9 +112,12 @@ def _tables(gm: fx.GraphModule, ctx: PassContext, site: Site) -> Mapping[str, fx
 
 def _edited_within(emit: Emitter, ctx: PassContext, value: fx.Node, tables: Mapping[str, fx.Node]) -> fx.Node:
     """Let the op that makes the value edit it too: rank edits alone, which read the whole row, come behind it."""
-    within = ["act", "scale", "add", *(["inject", "tap"] if ctx.variant == "armed" else [])]
-    value.args = (*value.args[:5], *(tables[part] for part in within), *[None] * (5 - len(within)))
-    return value if ctx.variant == "armed" else _injected(emit, _rank_edited(emit, ctx, value, tables), tables)
+    edits = [tables[part] for part in ("act", "scale", "add")]
+    if ctx.variant == "armed":
+        value.args = (*value.args[:5], *edits, tables["inject"], tables["tap"], [])
+        return value
+    value.args = (*value.args[:5], *edits, None, None, [tables["read"], tables["write"]])
+    return _injected(emit, _rank_edited(emit, ctx, value, tables), tables)
 
 
 def _injected(emit: Emitter, value: fx.Node, tables: Mapping[str, fx.Node]) -> fx.Node:

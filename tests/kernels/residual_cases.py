@@ -25,7 +25,8 @@ def make_into(rows: int, width: int, level: int, *, dtype: torch.dtype, device: 
         tables[:3] = [each % 2 == 0, *(torch.randn(rows, 1, width, device=device) for _ in range(2))]
     if level > 2:
         tables[3:] = [each % 3 == 1, torch.randn_like(residual)]
-    return Into(residual, *tables)
+    act, scale, add, inject, tap = tables
+    return Into(residual, act, scale, add, inject, tap)
 
 
 def joined(made: Tensor, into: Into) -> Tensor:
@@ -56,7 +57,8 @@ def check_levels(
     for level in LEVELS:
         into = make_into(rows, width, level, dtype=x.dtype, device=x.device.type)
         wanted = joined(made.view(into.residual.shape), into)
-        given = (into.act, into.scale, into.add, into.inject, into.tap)
+        soon = [torch.randn(rows, 2, width, device=x.device) for _ in range(2)] if level == 2 else []
+        given = (into.act, into.scale, into.add, into.inject, into.tap, soon)
         found = linear_residual(x[:, 0], weights[0], biases[0], layouts[0], into.residual, *given)
         assert_same_bits(found, wanted)
         assert found.is_contiguous()

@@ -96,7 +96,7 @@ def test_a_residual_that_does_not_fit_is_named() -> None:
     for residual in (torch.ones(2, 1, 16), torch.ones(3, 1, 24), torch.ones(2, 1, 24, dtype=torch.float64)):
         with pytest.raises(InternalError, match="does not fit the residual"):
             torch.ops.djinn.linear_residual(
-                x.to("meta"), weights[0].to("meta"), None, False, residual.to("meta"), *[None] * 5
+                x.to("meta"), weights[0].to("meta"), None, False, residual.to("meta"), *[None] * 5, []
             )
 
 
