@@ -9,13 +9,13 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 from functools import partial
 from numbers import Integral, Real
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import torch
 from torch import nn
 
 from djinn_fx.dj import Dj
-from djinn_fx.errors import InvalidValue
+from djinn_fx.errors import CaptureError, InvalidValue
 from djinn_fx.modules import DjModule, compile_module
 from djinn_fx.passes.exports import ExportCache
 from djinn_fx.passes.reference import reference
@@ -128,6 +128,11 @@ def compile(
     """
     if backend not in ("auto", "eager", "inductor"):
         raise InvalidValue(f"backend={backend!r}: choose 'auto', 'eager' or 'inductor'.")
+    given, words = cast("Any", model), cast("Any", tokenizer)
+    if not isinstance(given, nn.Module):
+        raise CaptureError(f"cannot compile {given!r}: {'; '.join(check(given).reasons)}.")
+    if words is not None and not callable(words):
+        raise InvalidValue(f"tokenizer={words!r}: give the tokenizer itself, AutoTokenizer.from_pretrained(...).")
     if example_inputs is not None:
         if device is not None or weights_bytes is not None:
             raise InvalidValue("device= and weights_bytes= are for language models, not for example_inputs.")

@@ -68,7 +68,12 @@ class RunDiff(Shown):
     @property
     def _verdict(self) -> str:
         first = self.first_difference
-        return "same tokens" if first is None else f"tokens part at position {first}"
+        if first is None:
+            return "same tokens"
+        a, b = map(len, self.tokens)
+        if first == min(a, b):
+            return f"same tokens up to position {first}, where the {'first' if a < b else 'second'} run ends"
+        return f"tokens part at position {first}"
 
     def _word(self, token: int | None) -> str:
         names = dict(self.words)

@@ -121,7 +121,7 @@ class Dj(Looking, Keeping):
         prompts: object,
         *,
         max_new_tokens: int,
-        edits: Sequence[Edit] | Sequence[Sequence[Edit]] | None = None,
+        edits: Edit | Sequence[Edit] | Sequence[Sequence[Edit]] | None = None,
         breakpoints: Iterable[str | Breakpoint] = (),
         seeds: Sequence[int] | None = None,
         capture: Iterable[str] = (),
@@ -133,7 +133,7 @@ class Dj(Looking, Keeping):
         Args:
             prompts: a list of prompts, or ``[B, T]`` token ids with an ``attention_mask``.
             max_new_tokens: tokens to generate at most, per prompt.
-            edits: one list of Edits for all prompts, or one list per prompt.
+            edits: one list of Edits for all prompts, or one list per prompt; at most one Edit a site in each.
             breakpoints: where one fires, its prompt ends with ``finish_reason="breakpoint"``.
             seeds: one per prompt; 0, 1, 2... by default.
             capture: sites whose values the results' caches shall hold.
@@ -152,7 +152,7 @@ class Dj(Looking, Keeping):
         single = isinstance(prompts, str)
         rows = self._batch([prompts] if single else prompts).rows
         require_lengths(rows, self.engine.options.max_length)
-        todo = batching.requests(rows, edits, seeds)
+        todo = batching.requests(rows, edits, seeds, self.engine.table)
         points = [breakpoints] if isinstance(breakpoints, (str, Breakpoint)) else list(breakpoints)
         sites = [capture] if isinstance(capture, str) else list(capture)
         if sampling.get("stop_token_ids") is not None:
@@ -173,11 +173,11 @@ class Dj(Looking, Keeping):
 
     def as_stopped(self, runs: Sequence[Run]) -> Iterator[Stop]:
         """Drive runs together and yield their stops; see :func:`djinn_fx.runtime.batch.as_stopped`."""
-        return batching.as_stopped(self.engine, list(runs))
+        return batching.as_stopped(self.engine, batching.listed(runs))
 
     def results(self, runs: Sequence[Run]) -> list[Result]:
         """Drive runs together to their ends, passing over breakpoints."""
-        return batching.results(self.engine, list(runs))
+        return batching.results(self.engine, batching.listed(runs))
 
     # -- the compiled model --------------------------------------------------------------------
 
@@ -189,7 +189,7 @@ class Dj(Looking, Keeping):
         """
         self._alive()
         with self.engine.lock:
-            names = [site.name for site in self.engine.table.select(sites if isinstance(sites, str) else list(sites))]
+            names = [site.name for site in self.engine.table.select(sites)]
             self.engine.sites = self.engine.table.select([*self.engine.compiled_names, *names])
 
     def warmup(self, rows: Iterable[int] = (1,)) -> None:
@@ -226,7 +226,7 @@ class Dj(Looking, Keeping):
 
     @property
     def sessions(self) -> tuple[Session, ...]:
-        """The open sessions, oldest first; each holds a KV row unless it is offloaded."""
+        """The open sessions, oldest first; ``session.tier`` says where the KV of each lies."""
         return tuple(self.engine.sessions)
 
     @property

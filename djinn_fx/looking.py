@@ -11,7 +11,7 @@ from djinn_fx.errors import InvalidValue, SessionClosed
 from djinn_fx.runtime.engine import Engine
 from djinn_fx.runtime.inputs import PromptBatch, prompt_batch
 from djinn_fx.runtime.kept import Kept, sending
-from djinn_fx.runtime.observe import Hook, Observer, Sweep
+from djinn_fx.runtime.observe import Hook, Observer, Sweep, placed
 from djinn_fx.runtime.results import Cache, Output
 from djinn_fx.runtime.retell import retold, retold_step
 from djinn_fx.runtime.session import Session
@@ -82,7 +82,7 @@ class Looking:
         """
         batch, table = self._batch(inputs), self.engine.table
         _require_trailing(batch, logits)
-        chosen = table.select(sites if isinstance(sites, str) else list(sites))
+        chosen = table.select(sites)
         last = table.get(stop_after) if stop_after is not None else None
         if last is not None:
             chosen = tuple(site for site in chosen if site.order <= last.order)
@@ -137,7 +137,7 @@ class Looking:
             raise InvalidValue("run_with_hooks takes prompts; edit a session by session.steer or at its stops.")
         batch = self._batch(inputs)
         _require_trailing(batch, logits)
-        hooks = [(site, fn) for name, fn in fwd_hooks for site in self.engine.table.select(name)]
+        hooks = placed(self.engine.table, fwd_hooks)
         rows = self.observer.with_hooks(batch, hooks, None if logits is True else int(logits) or 1)
         if logits is True:
             return batch.spread(rows)
@@ -163,7 +163,7 @@ class Looking:
             the site's name and the positions, ints for one prompt, ``(row, position)`` pairs for many.
         """
         batch = self._batch(inputs)
-        chosen = self.engine.table.select(sites if isinstance(sites, str) else list(sites))
+        chosen = self.engine.table.select(sites)
         found = self.observer.first_nonfinite(batch, chosen)
         if found is None:
             return None

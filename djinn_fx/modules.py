@@ -13,7 +13,7 @@ from djinn_fx.passes.source import flatten_inputs, normalise_inputs, prepare
 from djinn_fx.program import PassRecord, Program
 from djinn_fx.runtime.guard import WeightGuard
 from djinn_fx.runtime.modules import ModuleRun
-from djinn_fx.runtime.observe import Hook, HookPoint
+from djinn_fx.runtime.observe import Hook, HookPoint, placed
 from djinn_fx.runtime.results import Cache
 from djinn_fx.sites import SiteTable
 from djinn_fx.specs import Breakpoint, ProgramShape
@@ -74,7 +74,7 @@ class DjModule:
 
     def run_with_hooks(self, *args: Any, fwd_hooks: Sequence[tuple[str, Hook]] = (), **kwargs: Any) -> Any:
         """The module's return value with hooks ``fn(value, hook)`` at any of its sites."""
-        named = [(site, fn) for name, fn in fwd_hooks for site in self._table.select(name)]
+        named = placed(self._table, fwd_hooks)
         chosen = self._table.select([site.name for site, _ in named])
         run = self._run(args, kwargs, chosen, [site.name for site in chosen])
         for stop in run:

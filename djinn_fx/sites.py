@@ -12,11 +12,11 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
-from djinn_fx.errors import SiteNotCompiled, UnknownSite
+from djinn_fx.errors import InvalidValue, SiteNotCompiled, UnknownSite
 
 #: The role of each TransformerLens hook name (TransformerLens 4, ``HookedTransformer`` hook points).
 TRANSFORMER_LENS: Mapping[str, str] = {
@@ -121,9 +121,10 @@ class SiteTable:
 
         Raises:
             UnknownSite: with the reason if the model cannot have it, else with the nearest names.
+            InvalidValue: something else than a name.
         """
         index: dict[str, Site] = self._index  # type: ignore[attr-defined]
-        wanted = from_transformer_lens(name)
+        wanted = from_transformer_lens(_name(name))
         if wanted in index:
             return index[wanted]
         raise UnknownSite(self._why_unknown(name, wanted))
@@ -154,8 +155,11 @@ class SiteTable:
 
         Raises:
             UnknownSite: a name or a glob that stands for nothing.
+            InvalidValue: something else than names.
         """
         chosen: dict[str, Site] = {}
+        if not isinstance(patterns, Iterable):
+            raise InvalidValue(f"sites are named by a str or a list of them, such as 'resid_post.*', not {patterns!r}.")
         for pattern in (patterns,) if isinstance(patterns, str) else patterns:
             for site in self._expand(pattern):
                 chosen[site.name] = site
@@ -163,7 +167,7 @@ class SiteTable:
 
     def _expand(self, pattern: str) -> Sequence[Site]:
         index: dict[str, Site] = self._index  # type: ignore[attr-defined]
-        wanted = re.sub(r"\*{3,}", "**", from_transformer_lens(pattern))
+        wanted = re.sub(r"\*{3,}", "**", from_transformer_lens(_name(pattern)))
         if wanted in index:
             return (index[wanted],)
         if wanted == "*":
@@ -213,6 +217,12 @@ class SiteTable:
             if found:
                 return [f"{lens} ({from_transformer_lens(lens)})" for lens in found]
         return difflib.get_close_matches(wanted, list(index), n=4, cutoff=0.5)
+
+
+def _name(given: Any) -> str:
+    if isinstance(given, str):
+        return given
+    raise InvalidValue(f"a site is named by a str, such as 'resid_post.1', not by {given!r}.")
 
 
 def _glob(pattern: str) -> str:

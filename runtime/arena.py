@@ -86,7 +86,7 @@ class KVArena:
         if count > len(self._free):
             raise CapacityError(
                 f"{count} KV row(s) needed, {len(self._free)} of {self.rows} free. Close or offload() a session "
-                "(dj.sessions lists them) or unpin one: those that are pinned or in the middle of a step do not make "
+                "(dj.sessions lists them) or unpin one: those that are pinned or driven at this moment do not make "
                 "room by themselves. Or compile with a larger max_sessions."
             )
 

@@ -6,7 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from djinn_fx.errors import CapacityError, InvalidValue
 from djinn_fx.runtime.claims import quiet
@@ -15,6 +15,7 @@ from djinn_fx.runtime.run import Run
 from djinn_fx.runtime.sampling import checked_seed
 from djinn_fx.runtime.session import Session
 from djinn_fx.runtime.stop import Stop
+from djinn_fx.sites import SiteTable
 from djinn_fx.specs import Edit
 
 if TYPE_CHECKING:
@@ -66,6 +67,23 @@ def results(engine: Engine, runs: Sequence[Run]) -> list[Result]:
     return [engine.result_of(run) for run in runs]
 
 
+def listed(runs: Iterable[Run]) -> list[Run]:
+    """The runs as a list. A run is itself an iterator, of stops, which must not be mistaken for a list of runs.
+
+    Raises:
+        InvalidValue: something else than runs.
+    """
+    if isinstance(runs, Run):
+        raise InvalidValue("a list of runs was expected, but this is one run: give [run].")
+    found = list(runs)
+    for index, run in enumerate(found):
+        given: Any = run
+        if not isinstance(given, Run):
+            hint = " Give its run: stop.run." if isinstance(given, Stop) else ""
+            raise InvalidValue(f"a list of runs was expected, but entry {index} is a {type(given).__name__}.{hint}")
+    return found
+
+
 def _require_one_engine(engine: Engine, runs: Sequence[Run]) -> None:
     if len({id(run) for run in runs}) < len(runs):
         raise InvalidValue("a run is named twice; give each run once.")
@@ -96,30 +114,35 @@ class Request:
 
 def requests(
     prompts: Sequence[object],
-    edits: Sequence[Edit] | Sequence[Sequence[Edit]] | None,
+    edits: Edit | Sequence[Edit] | Sequence[Sequence[Edit]] | None,
     seeds: Sequence[int] | None,
+    table: SiteTable,
 ) -> list[Request]:
     """Pair prompts with their edits and seeds.
 
     Args:
         prompts: one entry a prompt.
-        edits: one list for all, or one list per prompt.
+        edits: one list for all, or one list per prompt; one Edit for all.
         seeds: one per prompt; 0, 1, 2... if None.
+        table: the model's sites.
 
     Raises:
-        InvalidValue: lists of other lengths.
+        InvalidValue: lists of other lengths, something else than Edits, or two at one site.
+        UnknownSite: an edit of no such site.
     """
     if seeds is not None and len(seeds) != len(prompts):
         raise InvalidValue(f"{len(seeds)} seeds for {len(prompts)} prompts; give one each.")
     shared: list[Edit] = []
     own: list[Sequence[Edit]] = []
-    for item in edits or ():
+    for item in (edits,) if isinstance(edits, Edit) else edits or ():
         if isinstance(item, Edit):
             shared.append(item)
         else:
             own.append(item)
     if own and (shared or len(own) != len(prompts)):
         raise InvalidValue(f"edits: give one list of Edits for all prompts, or {len(prompts)} lists, one per prompt.")
+    for several in own or [shared]:
+        _require_one_per_site(several, table)
     return [
         Request(
             index,
@@ -129,6 +152,20 @@ def requests(
         )
         for index, prompt in enumerate(prompts)
     ]
+
+
+def _require_one_per_site(edits: Sequence[Edit], table: SiteTable) -> None:
+    sites: set[str] = set()
+    for edit in edits:
+        given: Any = edit
+        if not isinstance(given, Edit):
+            raise InvalidValue(f"edits: {given!r} is no djinn.Edit.")
+        name = table.single(edit.site).name
+        if name in sites:
+            raise InvalidValue(
+                f"edits: two Edits at {name!r}, of which only one would act. Put both into one Edit({name!r}, ...)."
+            )
+        sites.add(name)
 
 
 def generate(
@@ -184,7 +221,7 @@ def _admit(
             raise
     if not live:
         raise CapacityError(
-            f"no KV row is free: open sessions hold all {engine.arena.rows}, pinned, in the middle of a step, or with "
+            f"no KV row is free: open sessions hold all {engine.arena.rows}, pinned, driven at this moment, or with "
             "no place left to move to. Close or offload() one, or compile with a larger max_sessions, pinned_bytes or "
             "disk_bytes."
         )

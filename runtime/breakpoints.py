@@ -139,10 +139,11 @@ def evaluate(spec: Breakpoint, values: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             answers = spec.when.rows(values) if isinstance(spec.when, BuiltIn) else torch.func.vmap(spec.when)(values)
     except Exception as error:
+        said = f"{type(error).__name__}: {error}".rstrip(". ")
+        own = " It is vectorised with torch.func.vmap: use tensor operations only, no `if` or .item() on data."
         raise InvalidPredicate(
-            f"the predicate of break_at({spec.site!r}) failed on a value of shape "
-            f"{tuple(values.shape[1:])}: {type(error).__name__}: {error}. It is vectorised with "
-            "torch.func.vmap: use tensor operations only, no `if` or .item() on data."
+            f"the predicate of break_at({spec.site!r}) failed on a value of shape {tuple(values.shape[1:])}: {said}."
+            f"{'' if isinstance(spec.when, BuiltIn) else own}"
         ) from error
     if answers.dtype != torch.bool or answers.shape != values.shape[:1]:
         raise InvalidPredicate(

@@ -71,8 +71,9 @@ def write_file(
         _seal(draft)
         os.replace(draft, target)
     except (OSError, SafetensorError, MemoryError, ValueError) as error:  # a name with a NUL is a ValueError
+        said = (isinstance(error, OSError) and error.strerror) or error  # without the draft's name
         raise CheckpointError(
-            f"cannot write the checkpoint {str(target)!r}: {error}. Nothing changed under that name; see that the "
+            f"cannot write the checkpoint {str(target)!r}: {said}. Nothing changed under that name; see that the "
             "folder exists, is writable and has room."
         ) from error
     finally:

@@ -7,10 +7,10 @@ site works, compiled in or not: a program with the wanted cuts is made for the c
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -287,10 +287,28 @@ def _give(arena: KVArena, batch: PromptBatch) -> None:
             part[0, :, : known.shape[1]] = known
 
 
+def placed(table: SiteTable, fwd_hooks: Iterable[tuple[str, Hook]]) -> list[tuple[Site, Hook]]:
+    """The hooks and their sites, a glob's one by one.
+
+    Raises:
+        UnknownSite, InvalidValue: no such site; or an entry that is no pair of a site and a hook.
+    """
+    found: list[tuple[Site, Hook]] = []
+    for entry in fwd_hooks:
+        given: Any = entry
+        if not isinstance(given, Sequence) or len(given) != 2 or not callable(given[1]):
+            raise InvalidValue(f"fwd_hooks: {given!r} is no pair of a site's name and a function (value, hook).")
+        found += [(site, given[1]) for site in table.select(given[0])]
+    return found
+
+
 def _call_hook(hook: Hook, value: torch.Tensor, site: Site) -> torch.Tensor:
     returned = _bound(hook, value, HookPoint(site.name, site.layer))()
     if returned is None:
         return value
+    given: Any = returned
+    if not isinstance(given, torch.Tensor):
+        raise InvalidValue(f"the hook at {site.name!r} returned {type(given).__name__}; expected a tensor, or None.")
     if returned.shape != value.shape or returned.dtype != value.dtype:
         raise InvalidValue(
             f"the hook at {site.name!r} returned {tuple(returned.shape)} {returned.dtype}; expected "

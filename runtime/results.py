@@ -27,9 +27,10 @@ class Cache(Shown, Mapping[str, torch.Tensor]):
         """The captured value of a site.
 
         Raises:
-            UnknownSite: no such site, or one that was not captured in this call.
+            UnknownSite: no such site, several, or one that was not captured in this call.
+            InvalidValue: something else than a name.
         """
-        site = self._table.get(name)
+        site = self._table.single(name)
         if site.name not in self._values:
             raise UnknownSite(
                 f"site {site.name!r} was not captured in this call; it captured {', '.join(self._values) or 'nothing'}."
@@ -44,7 +45,7 @@ class Cache(Shown, Mapping[str, torch.Tensor]):
 
     def __contains__(self, name: object) -> bool:
         try:
-            return isinstance(name, str) and self._table.get(name).name in self._values
+            return isinstance(name, str) and self._table.single(name).name in self._values
         except UnknownSite:
             return False
 

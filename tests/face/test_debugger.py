@@ -207,6 +207,7 @@ def test_diff_of_equal_and_of_parted_runs(dj: djinn.Dj) -> None:
         parted = djinn.diff(a.run, b.run, dj=dj)
         assert parted.first_difference == len(a.tokens)
         assert parted.places[-1].tokens[0] is None and parted.places[-1].kl is None
+        assert str(parted).startswith(f"same tokens up to position {len(a.tokens)}, where the first run ends\n")
 
 
 def test_names_usages_and_completion(debugger: Debugger, out: list[str]) -> None:

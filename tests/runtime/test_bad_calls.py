@@ -156,6 +156,58 @@ CALLS: dict[str, Case] = {
         djinn.UnknownSite,
         "resid_post.9",
     ),
+    "two edits at a site": (
+        lambda dj, s: dj.generate(
+            [[3]], max_new_tokens=1, edits=[djinn.Edit("resid_post.0", scale=2.0), djinn.Edit("resid_pre.1", add=V)]
+        ),
+        djinn.InvalidValue,
+        r"two Edits at 'resid_post.0', of which only one would act. Put both into one Edit",
+    ),
+    "edits of no Edit": (
+        lambda dj, s: dj.generate([[3]], max_new_tokens=1, edits=[["resid_post.0"]]),  # type: ignore[arg-type]
+        djinn.InvalidValue,
+        "edits: 'resid_post.0' is no djinn.Edit",
+    ),
+    "hooks of no pair": (
+        lambda dj, s: dj.run_with_hooks([3], ["resid_post.0"]),  # type: ignore[list-item]
+        djinn.InvalidValue,
+        "'resid_post.0' is no pair of a site's name and a function",
+    ),
+    "hook before site": (
+        lambda dj, s: dj.run_with_hooks([3], [(torch.relu, "resid_post.0")]),  # type: ignore[list-item]
+        djinn.InvalidValue,
+        "is no pair of a site's name and a function",
+    ),
+    "hook of no tensor": (
+        lambda dj, s: dj.run_with_hooks([3], [("resid_post.0", lambda value: "x")]),  # type: ignore[list-item, return-value]
+        djinn.InvalidValue,
+        "the hook at 'resid_post.0' returned str; expected a tensor, or None",
+    ),
+    "site of no name": (
+        lambda dj, s: dj.run_with_cache([3], "resid_post")[1]["resid_post", 0],  # type: ignore[index]
+        djinn.InvalidValue,
+        r"a site is named by a str, such as 'resid_post.1', not by \('resid_post', 0\)",
+    ),
+    "a filter for sites": (
+        lambda dj, s: dj.run_with_cache([3], lambda name: True),  # type: ignore[arg-type]
+        djinn.InvalidValue,
+        "sites are named by a str or a list of them",
+    ),
+    "a role in a cache": (
+        lambda dj, s: dj.run_with_cache([3], "resid_post")[1]["resid_post"],
+        djinn.UnknownSite,
+        r"'resid_post' stands for \d sites, but this takes one",
+    ),
+    "one run for a list": (
+        lambda dj, s: dj.results(begin(s, "resid_post.0")),  # type: ignore[arg-type]
+        djinn.InvalidValue,
+        r"this is one run: give \[run\]",
+    ),
+    "stops for runs": (
+        lambda dj, s: dj.as_stopped([next(begin(s, "resid_post.0"))]),  # type: ignore[list-item]
+        djinn.InvalidValue,
+        "entry 0 is a Stop. Give its run: stop.run",
+    ),
     "step": (
         lambda dj, s: next(begin(s, "resid_post.0")).step(tokens=-1),
         djinn.InvalidValue,
@@ -185,6 +237,23 @@ CALLS: dict[str, Case] = {
 @pytest.mark.parametrize("name", CALLS)
 def test_calls(dj: djinn.Dj, name: str) -> None:
     fails(dj, CALLS[name])
+
+
+def test_a_name_is_neither_a_model_nor_a_tokenizer() -> None:
+    with pytest.raises(djinn.CaptureError, match=r"cannot compile 'gpt2': str is not a torch.nn.Module; load"):
+        djinn.compile("gpt2")  # type: ignore[call-overload]
+    with pytest.raises(djinn.InvalidValue, match=r"tokenizer='gpt2': give the tokenizer itself"):
+        djinn.compile(torch.nn.Identity(), tokenizer="gpt2")  # type: ignore[call-overload]
+
+
+def test_one_edit_for_all(dj: djinn.Dj) -> None:
+    edit = djinn.Edit("resid_post.0", scale=2.0)
+    alone, listed = (
+        dj.generate([[3], [4]], max_new_tokens=2, edits=given, output_logits=True) for given in (edit, [edit])
+    )
+    for one, other in zip(alone, listed, strict=True):
+        assert one.logits is not None and other.logits is not None
+        assert_same_bits(one.logits, other.logits)
 
 
 def test_runs_named_twice_or_of_another_model(dj: djinn.Dj) -> None:

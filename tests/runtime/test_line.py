@@ -140,7 +140,7 @@ def test_pinned_rows_are_not_waited_for(dj: djinn.Dj) -> None:
     sessions = [dj.session() for _ in range(2)]
     for session in sessions:
         session.pin()
-    with pytest.raises(djinn.CapacityError, match="pinned or in the middle of a step"):
+    with pytest.raises(djinn.CapacityError, match="pinned or driven at this moment"):
         dj.session()
     for session in sessions:
         session.close()
