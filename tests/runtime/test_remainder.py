@@ -244,3 +244,19 @@ def test_a_step_that_ran_before_an_interrupt_is_not_taken_for_the_one_before(pai
             results.append((going.result().tokens.tolist(), logits_of(session, prompt(3))))
     assert results[0][0] == results[1][0]
     assert_same_bits(results[0][1], results[1][1])
+
+
+def test_a_step_of_inference_mode_is_run_again_outside_it(pair: tuple[djinn.Dj, djinn.Dj]) -> None:
+    results = []
+    for dj in pair:
+        with dj.session() as session:
+            points = [djinn.break_at("resid_post.1", positions="generated")]
+            run = session.generate(prompt(7), max_new_tokens=3, output_logits=True, breakpoints=points)
+            next(run)
+            with torch.inference_mode():
+                run.rewind(7, "resid_post.0")
+            for stop in (some(run.stop), next(run)):
+                stop.value.mul_(-1.5)
+            results.append(run.result())
+    assert results[0].tokens.tolist() == results[1].tokens.tolist()
+    assert_same_bits(results[0].logits, results[1].logits)
