@@ -123,7 +123,7 @@ class Doubled(nn.Module):
         self.inner = inner
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        made = self.inner(x)
+        made: torch.Tensor = self.inner(x)
         return made + made
 
 
@@ -135,7 +135,8 @@ class Halves(nn.Module):
         self.inner = nn.Linear(32, 32, dtype=torch.bfloat16)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.inner(x.unflatten(-1, (2, 32))).flatten(-2)
+        made: torch.Tensor = self.inner(x.unflatten(-1, (2, 32)))
+        return made.flatten(-2)
 
 
 @torch.no_grad()
