@@ -14,7 +14,7 @@ from torch import fx
 import djinn_fx.kernels.ops  # noqa: F401 - registers djinn::linear_residual
 from djinn_fx.kernels.linear import MOST_ROWS
 from djinn_fx.passes.context import PassContext
-from djinn_fx.passes.graph import MODULE, NAMES, RESHAPES, Emitter, aten, compute_nodes, shape_of, tensor_of
+from djinn_fx.passes.graph import MODULE, NAMES, RESHAPES, Emitter, aten, compute_nodes, shape_of, tensor_of, val
 from djinn_fx.passes.projections import LINEARS
 
 LINEAR_RESIDUAL = torch.ops.djinn.linear_residual.default
@@ -40,7 +40,7 @@ def _join(gm: fx.GraphModule, total: fx.Node, chosen: frozenset[str]) -> None:
         return
     for layer, residual in (total.args, total.args[::-1]):
         call = _layer(layer, chosen)
-        if call is None or not _fits(total, layer, residual):
+        if call is None or layer is residual or not _fits(total, layer, residual, call):
             continue
         x, weights, biases, transposed = call.args
         emit = Emitter(gm, total, total.meta[MODULE])
@@ -64,10 +64,10 @@ def _layer(node: object, chosen: frozenset[str]) -> fx.Node | None:
     return None
 
 
-def _fits(total: fx.Node, layer: object, residual: object) -> bool:
-    """Whether both addends are of the sum's shape, ``[B, 1, N]``, and dtype."""
-    wanted = tensor_of(total)
-    if wanted is None or len(shape_of(total)) != 3 or shape_of(total)[1] != 1:
+def _fits(total: fx.Node, layer: object, residual: object, call: fx.Node) -> bool:
+    """Whether both addends are of the sum's shape, ``[B, 1, N]``, and dtype, and the layer has ``N`` columns."""
+    wanted, made = tensor_of(total), val(call)[0]
+    if wanted is None or len(shape_of(total)) != 3 or shape_of(total)[1] != 1 or made.shape[-1] != wanted.shape[-1]:
         return False
     parts = [tensor_of(part) for part in (layer, residual) if isinstance(part, fx.Node)]
     same = [part is not None and part.shape == wanted.shape and part.dtype == wanted.dtype for part in parts]

@@ -49,7 +49,8 @@ def _questions(engine: Engine, run: Run) -> list[Question] | None:
     flight = planner.flight_of(run)
     if not isinstance(flight.values, LaunchValues):
         return None
-    sites = planner.watched(run, flight, engine.sites)
+    # All of them, also where the run was asked to stop at the next: the answers are those of the whole step.
+    sites = [site for site in engine.sites if site.order > flight.passed]
     found: list[Question] = []
     for point in run.breakpoints:
         chosen = [site for site in sites if point.watches(site)]

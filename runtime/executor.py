@@ -151,6 +151,8 @@ class Executor:
             row: what it computes.
             wanted: sites whose values will be asked for after later ones were reached; None: any.
         """
+        if self.loop is not None:
+            self.loop.drop(row.arena_row)  # a decode step there was computed from what the chunk overwrites
         program = self._program([row])
         kept = None if wanted is None else frozenset(wanted)
         if self.stages is None:

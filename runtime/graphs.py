@@ -11,6 +11,7 @@ import torch
 from djinn_fx.kernels.advance import advance
 from djinn_fx.program import LENGTHS, LOGITS, POSITIONS, TOKENS, Feed, Program
 from djinn_fx.runtime.lanes import copy_all
+from djinn_fx.runtime.modes import outside_inference
 from djinn_fx.runtime.segments import Env, run_segments
 
 #: Runs before a graph is captured: kernels are compiled and tuned in the first, and libraries make their workspaces.
@@ -113,7 +114,8 @@ def capture(program: Program, inputs: Env, slot: torch.Tensor, ring: torch.Tenso
     @torch.no_grad()
     def step() -> None:
         env = dict(inputs)
-        run_segments(program, env, 0, len(program.segments) - 1)
+        with outside_inference():  # a part of the step that runs again writes to what it makes, wherever that is
+            run_segments(program, env, 0, len(program.segments) - 1)
         values.update(env)
         end(env)
 

@@ -47,7 +47,7 @@ class Launch:
     Attributes:
         rows: the seat of each live lane.
         number: counts the launches of these lanes; says where its tokens go.
-        whole: whether what it wrote to the arena is still there.
+        whole: whether what it read from and wrote to the arena is still there.
 
     Args:
         shape: the program's shape.

@@ -133,19 +133,21 @@ class DecodeLoop:
         if self._last is not last or self._ahead is not None:
             return None
         last.end()
+        self._last = None
         self._run(self._ready[(last.shape.rows, last.variant)])
-        self._last = last.following(self._number)
-        return self._counted(self._last)
+        self._last = made = self._counted(last.following(self._number))
+        return made
 
     def drop(self, row: int | None = None) -> None:
         """Give up what was launched ahead; with ``row`` only if it runs a step in that row of the arena.
 
-        What the last launch wrote into that row may be gone then, so no part of it can be taken over.
+        Nothing of the last launch is taken over then either: what the row holds may be something else, and a step of
+        the past is run again under the weights as they are.
         """
         ahead, last = self._ahead, self._last
         if ahead is not None and (row is None or ahead.seat_of(row) is not None):
             self._ahead = None
-        if last is not None and row is not None and last.seat_of(row) is not None:
+        if last is not None and (row is None or last.seat_of(row) is not None):
             last.whole = False
 
     def prepare(self, rows: int, variant: Variant) -> Replayed:
@@ -228,10 +230,11 @@ class DecodeLoop:
             before: the launch that leaves the tokens which only the device knows.
         """
         replayed = self.prepare(shape.rows, variant)
-        last, self._last = self._last, None
+        last = self._last
         begin = 0 if last is None else self._begin(last, rows, plans, replayed)
         if last is not None:
-            last.end()
+            last.end()  # until here it is the last one: an interrupt must not leave it without its end
+        self._last = None
         for lane in range(shape.rows):
             if lane not in rows:
                 self.lanes.clear(lane)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import fx
+from torch import fx, nn
 
 from djinn_fx.passes.graph import aten, compute_nodes
 from djinn_fx.passes.inductor import InductorLowering
@@ -113,3 +113,42 @@ def test_inductor_writes_taps_in_place() -> None:
         torch.testing.assert_close(made[LOGITS], wanted[LOGITS], atol=0.05, rtol=0.05)
         for site in program.sites:
             torch.testing.assert_close(ours[f"{site.name}:tap"], theirs[f"{site.name}:tap"], atol=0.05, rtol=0.05)
+
+
+class Doubled(nn.Module):
+    """A layer whose result is added to itself."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        made: torch.Tensor = self.inner(x)
+        return made + made
+
+
+class Halves(nn.Module):
+    """A layer for each half of the width, as heads may have one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(32, 32, dtype=torch.bfloat16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        made: torch.Tensor = self.inner(x.unflatten(-1, (2, 32)))
+        return made.flatten(-2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["doubled", "halves"])
+def test_other_sums_stay(kind: str) -> None:
+    """A layer that is both addends, and one whose columns are not those of the residual."""
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    block = model.model.layers[0]
+    block.mlp = Doubled(block.mlp) if kind == "doubled" else Halves()
+    machine, results = Machine(model.eval()), []
+    for grouped in (True, False):
+        program = machine.build((2, 1, 1), "resid_post", grouped=grouped)
+        assert len(joined(program)) == (3 if grouped else 0)
+        results.append(run(program, machine.env(program, STEPS))[LOGITS])
+    assert same_bits(*results)

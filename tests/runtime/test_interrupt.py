@@ -90,3 +90,17 @@ def test_it_goes_before_a_step_to_a_later_place_and_among_many(one: djinn.Dj) ->
         run.interrupt()
         near = stop.step(tokens=2)
         assert near is not None and near.position == stop.position + 1 and near.site == one.compiled_sites[0]
+
+
+@pytest.mark.parametrize("backend", ["eager", "static"])
+@pytest.mark.parametrize("when", [None, djinn.when.norm_above(0.0)])
+def test_breakpoints_behind_it_in_the_same_step_hold(backend: str, when: Any) -> None:
+    """What makes a run stop at the first site it comes to does not let it pass over those that follow."""
+    with another_dj("llama", backend=backend) as dj, dj.session() as s:
+        points = [djinn.break_at("resid_post.1", when=when, positions="generated")]
+        run = s.generate(prompt(PROMPT), max_new_tokens=4, breakpoints=points)
+        assert next(run).position == PROMPT
+        run.interrupt()
+        places = [(stop.site, stop.position) for stop in run]
+    steps = [("resid_post.1", PROMPT + step) for step in (1, 2)]
+    assert places == [(dj.compiled_sites[0], PROMPT + 1), *steps]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from unittest import mock
 
 import pytest
@@ -13,7 +13,7 @@ from torch import Tensor
 import djinn_fx as djinn
 from djinn_fx.runtime.graphs import Replayed
 from tests.bits import assert_same_bits
-from tests.runtime.tiny import another_dj, direction, prompt
+from tests.runtime.tiny import another_dj, direction, logits_of, model_of, prompt, some
 
 #: Tokens of each run.
 NEW = 6
@@ -167,3 +167,96 @@ def test_a_poisoned_stretch_before_the_edit_is_not_read(pair: tuple[djinn.Dj, dj
         found = everything(dj, scaled, ["resid_post.1"])
     assert found[0] == wanted[0]
     assert_same_bits(found[1], wanted[1])
+
+
+def test_a_prompt_that_changed_is_not_taken_over(pair: tuple[djinn.Dj, djinn.Dj]) -> None:
+    """The same token at the same place of the same row, but its prompt was rewound to and edited meanwhile."""
+    results = []
+    for dj in pair:
+        with dj.session() as session:
+            points = [djinn.break_at("resid_post.1", positions="generated")]
+            run = session.generate(prompt(7), max_new_tokens=2, output_logits=True, breakpoints=points)
+            token = next(run).session.token_list[-1]
+            run.rewind(6, "resid_post.0").value.mul_(1.02)
+            session.steer("resid_post.1", scale=1.25, positions="generated")
+            assert next(run).session.token_list[-1] == token
+            results.append(run.result())
+    assert_same_bits(results[0].logits, results[1].logits)
+
+
+def test_a_replay_sees_weights_that_changed(pair: tuple[djinn.Dj, djinn.Dj], request: pytest.FixtureRequest) -> None:
+    """Rewound within its step, an edited step is run again as a whole, under the weights as they are."""
+    weight = model_of(request.node.callspec.params["pair"]).get_input_embeddings().weight.data
+    before, values = weight.clone(), []
+    for dj in pair:
+        try:
+            with dj.session() as session:
+                run = session.generate(prompt(7), max_new_tokens=3, breakpoints=["resid_post.0"])
+                next(run)
+                stop = some(next(run))
+                stop.value.mul_(-1.5)
+                assert some(stop.step()).position == stop.position
+                weight.neg_()
+                values.append(run.rewind(7, "attn_q.0").value.clone())
+        finally:
+            weight.copy_(before)
+    assert_same_bits(values[0], values[1])
+
+
+def test_a_launch_that_is_interrupted_leaves_values_to_others(pair: tuple[djinn.Dj, djinn.Dj]) -> None:
+    """Ctrl-C while another session's step is looked at takes nothing from a session that stands in the middle."""
+    values = []
+    for dj in pair:
+        with dj.session() as one, dj.session() as two:
+            points = [djinn.break_at("resid_post.*", positions="generated")]
+            run = one.generate(prompt(7), max_new_tokens=3, breakpoints=points)
+            other = two.generate(prompt(7, 1), max_new_tokens=3, breakpoints=["resid_post.1"])
+            next(run)
+            next(other)
+            asked = mock.patch("djinn_fx.runtime.loop.first_changed", side_effect=KeyboardInterrupt)
+            with asked, suppress(KeyboardInterrupt):
+                next(other)
+            next(other)
+            values.append(next(run).value.clone())
+    assert_same_bits(values[0], values[1])
+
+
+def test_a_step_that_ran_before_an_interrupt_is_not_taken_for_the_one_before(pair: tuple[djinn.Dj, djinn.Dj]) -> None:
+    """Ctrl-C right after the second step of a run that nobody watches, which is steered and goes on from the first."""
+    inner, ran = Replayed.run, 0
+
+    def run(self: Replayed, first: int = 0) -> None:
+        nonlocal ran
+        inner(self, first)
+        ran += 1
+        if ran == 2:
+            raise KeyboardInterrupt
+
+    results = []
+    for dj in pair:
+        with dj.session() as session:
+            session.steer("resid_post.0", scale=1.5, positions="generated")
+            going = session.generate(prompt(7), max_new_tokens=NEW)
+            if dj is pair[0]:
+                with mock.patch.object(Replayed, "run", run), pytest.raises(KeyboardInterrupt):
+                    going.result()
+            session.steer("resid_post.1", scale=-2.0, positions="generated")
+            results.append((going.result().tokens.tolist(), logits_of(session, prompt(3))))
+    assert results[0][0] == results[1][0]
+    assert_same_bits(results[0][1], results[1][1])
+
+
+def test_a_step_of_inference_mode_is_run_again_outside_it(pair: tuple[djinn.Dj, djinn.Dj]) -> None:
+    results = []
+    for dj in pair:
+        with dj.session() as session:
+            points = [djinn.break_at("resid_post.1", positions="generated")]
+            run = session.generate(prompt(7), max_new_tokens=3, output_logits=True, breakpoints=points)
+            next(run)
+            with torch.inference_mode():
+                run.rewind(7, "resid_post.0")
+            for stop in (some(run.stop), next(run)):
+                stop.value.mul_(-1.5)
+            results.append(run.result())
+    assert results[0].tokens.tolist() == results[1].tokens.tolist()
+    assert_same_bits(results[0].logits, results[1].logits)
