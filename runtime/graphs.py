@@ -17,6 +17,9 @@ from djinn_fx.runtime.segments import Env, run_segments
 #: Runs before a graph is captured: kernels are compiled and tuned in the first, and libraries make their workspaces.
 WARMUP = 2
 
+#: Graphs of later parts of a program that are kept: their nodes grow with the square of its layers.
+REMAINDERS = 16
+
 #: The stream programs are captured on; None on the CPU.
 Stream = torch.cuda.Stream | None
 
@@ -73,9 +76,23 @@ class Replayed:
         if first not in self._rests and self._stream is not None:
             self._rests[first] = None
             return None
-        if self._rests.get(first) is None:
-            self._rests[first] = self._remainder(first)
-        return self._rests[first]
+        rest = self._rests.pop(first, None)
+        if rest is None:
+            self._forget()
+            try:
+                rest = self._remainder(first)
+            except torch.OutOfMemoryError:
+                return None
+        self._rests[first] = rest  # those used last stand last
+        return rest
+
+    def _forget(self) -> None:
+        """Make room for another remainder."""
+        made = [first for first, rest in self._rests.items() if rest is not None]
+        if len(made) >= REMAINDERS:
+            if self._stream is not None:
+                torch.cuda.current_stream(self._stream.device).synchronize()  # it may be running
+            self._rests[made[0]] = None
 
     def _remainder(self, first: int) -> Captured:
         made = sorted({name for segment in self.program.segments[first:] for name in segment.outputs})

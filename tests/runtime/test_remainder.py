@@ -260,3 +260,17 @@ def test_a_step_of_inference_mode_is_run_again_outside_it(pair: tuple[djinn.Dj, 
             results.append(run.result())
     assert results[0].tokens.tolist() == results[1].tokens.tolist()
     assert_same_bits(results[0].logits, results[1].logits)
+
+
+def test_remainders_are_bounded(pair: tuple[djinn.Dj, djinn.Dj]) -> None:
+    """One graph is kept, two are needed in turns: each is made anew, and the bits stay."""
+    sites = ["resid_post.0", "resid_post.1"]
+    with mock.patch("djinn_fx.runtime.graphs.REMAINDERS", 1):
+        ours = everything(pair[0], scaled, sites)
+        loop = pair[0].engine.executor.loop
+        assert loop is not None
+        for replayed in loop._ready.values():
+            assert sum(rest is not None for rest in replayed._rests.values()) <= 1
+    theirs = everything(pair[1], scaled, sites)
+    assert ours[0] == theirs[0]
+    assert_same_bits(ours[1], theirs[1])
