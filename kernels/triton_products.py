@@ -5,7 +5,8 @@ by a row's edits, 3 it may be replaced as well. All of it is elementwise, each s
 result's dtype as the ops of a graph round, so bits do not depend on where it is computed. What the host wrote (edits)
 is sent for before the predecessor has ended, like weights. The kernel of one row reads it no earlier than at the end of
 its loop: with more registers in the loop, a multiprocessor would hold fewer programs than it takes to hide memory.
-``SLOTS`` rows of ``read`` and ``write`` are sent for as well, for whoever comes next; nothing here reads them.
+``SLOTS`` rows of ``read`` and ``write`` are sent for as well, where splits are added up, for whoever comes next;
+nothing here reads them.
 """
 
 from __future__ import annotations
@@ -18,12 +19,10 @@ _RUNTIME = ("f1", "f2", "f3", "c1", "c2", "c3", "h0", "h1", "h2", "h3", "rows", 
 @jit(do_not_specialize=_RUNTIME)
 def product_of_row(  # type: ignore[no-untyped-def]
     x, w0, w1, w2, w3, parts, b0, b1, b2, b3, o0, o1, o2, o3, n0, n1, n2, n3, h0, h1, h2, h3,
-    f1, f2, f3, c1, c2, c3, residual, act, scale, add, inject, tap, read, write,
-    rows, depth, total, run,
+    f1, f2, f3, c1, c2, c3, residual, act, scale, add, inject, tap, rows, depth, total, run,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, SPLITS: tl.constexpr,
     EVEN: tl.constexpr, TRANSPOSED: tl.constexpr, TURNED: tl.constexpr, BIASED: tl.constexpr,
     AHEAD: tl.constexpr, EARLY: tl.constexpr, HINTED: tl.constexpr, EXACT: tl.constexpr, INTO: tl.constexpr,
-    SLOTS: tl.constexpr,
 ):  # fmt: skip
     """One row ``x`` ``[K]`` times a block of columns of one weight; grid ``[blocks, splits]``.
 
@@ -51,8 +50,6 @@ def product_of_row(  # type: ignore[no-untyped-def]
         if SPLITS == 1 and INTO > 1:
             _send_for(scale, start_n, width, COLUMNS)
             _send_for(add, start_n, width, COLUMNS)
-        if SPLITS == 1:
-            _send_for_slots(read, write, start_n, width, COLUMNS, SLOTS)
         tl.extra.cuda.gdc_wait()
     hint: tl.constexpr = "evict_first" if HINTED else ""
     if SPLITS == 1 and INTO > 0:
@@ -102,12 +99,10 @@ def product_of_row(  # type: ignore[no-untyped-def]
 @jit(do_not_specialize=_RUNTIME)
 def product_of_rows(  # type: ignore[no-untyped-def]
     x, w0, w1, w2, w3, parts, b0, b1, b2, b3, o0, o1, o2, o3, n0, n1, n2, n3, h0, h1, h2, h3,
-    f1, f2, f3, c1, c2, c3, residual, act, scale, add, inject, tap, read, write,
-    rows, depth, total, run,
+    f1, f2, f3, c1, c2, c3, residual, act, scale, add, inject, tap, rows, depth, total, run,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, SPLITS: tl.constexpr,
     EVEN: tl.constexpr, TRANSPOSED: tl.constexpr, TURNED: tl.constexpr, BIASED: tl.constexpr,
     AHEAD: tl.constexpr, EARLY: tl.constexpr, HINTED: tl.constexpr, EXACT: tl.constexpr, INTO: tl.constexpr,
-    SLOTS: tl.constexpr,
 ):  # fmt: skip
     """Rows ``x`` ``[rows, K]`` times a block of columns of one weight; otherwise as :func:`product_of_row`.
 

@@ -20,6 +20,9 @@ WARMUP = 2
 #: Graphs of later parts of a program that are kept: their nodes grow with the square of its layers.
 REMAINDERS = 16
 
+#: How often a part is asked for until it gets a graph: to capture it takes some twenty milliseconds, a step a few.
+REPEATS = 16
+
 #: The stream programs are captured on; None on the CPU.
 Stream = torch.cuda.Stream | None
 
@@ -50,7 +53,8 @@ class Replayed:
     values: Env
     _end: Callable[[Env], None]
     _stream: Stream
-    _rests: dict[int, Captured | None] = field(default_factory=dict, repr=False)
+    _rests: dict[int, Captured] = field(default_factory=dict, repr=False)
+    _asked: dict[int, int] = field(default_factory=dict, repr=False)
 
     def run(self, first: int = 0) -> None:
         """Run a step on the current stream, without waiting.
@@ -67,18 +71,16 @@ class Replayed:
         return self.values[LOGITS]
 
     def _rest(self, first: int) -> Captured | None:
-        """Runs the segments from ``first`` on; None for a whole step: at first, and where weights stream.
-
-        To capture it takes longer than a step, which pays when it is asked for again.
-        """
+        """Runs the segments from ``first`` on; None for a whole step: at first, and where weights stream."""
         if self.program.feed is not None:
-            return None
-        if first not in self._rests and self._stream is not None:
-            self._rests[first] = None
             return None
         rest = self._rests.pop(first, None)
         if rest is None:
-            self._forget()
+            self._asked[first] = self._asked.get(first, 0) + 1
+            if self._stream is not None and self._asked[first] < REPEATS:
+                return None
+            self._asked[first] = 0
+            self._make_room()
             try:
                 rest = self._remainder(first)
             except torch.OutOfMemoryError:
@@ -86,13 +88,12 @@ class Replayed:
         self._rests[first] = rest  # those used last stand last
         return rest
 
-    def _forget(self) -> None:
-        """Make room for another remainder."""
-        made = [first for first, rest in self._rests.items() if rest is not None]
-        if len(made) >= REMAINDERS:
+    def _make_room(self) -> None:
+        """Forget the remainder that was not used for longest, if there are too many."""
+        if len(self._rests) >= REMAINDERS:
             if self._stream is not None:
                 torch.cuda.current_stream(self._stream.device).synchronize()  # it may be running
-            self._rests[made[0]] = None
+            del self._rests[next(iter(self._rests))]
 
     def _remainder(self, first: int) -> Captured:
         made = sorted({name for segment in self.program.segments[first:] for name in segment.outputs})

@@ -49,6 +49,12 @@ def fixed_seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def early_remainders(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA graphs of later parts of a step are made the second time, so that tests come to them."""
+    monkeypatch.setattr("djinn_fx.runtime.graphs.REPEATS", 2)
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """Headless Chromium, driven by playwright."""
