@@ -28,7 +28,7 @@ Stream = torch.cuda.Stream | None
 
 
 @dataclass(frozen=True, eq=False)
-class Captured:
+class Runnable:
     """A step, or a part of one, that runs on the current stream without waiting; on CUDA it is a graph."""
 
     run: Callable[[], None]
@@ -49,11 +49,11 @@ class Replayed:
     """
 
     program: Program
-    step: Captured
+    step: Runnable
     values: Env
     _end: Callable[[Env], None]
     _stream: Stream
-    _rests: dict[int, Captured] = field(default_factory=dict, repr=False)
+    _rests: dict[int, Runnable] = field(default_factory=dict, repr=False)
     _asked: dict[int, int] = field(default_factory=dict, repr=False)
 
     def run(self, first: int = 0) -> None:
@@ -70,7 +70,7 @@ class Replayed:
         """The logits ``[rows, 1, vocab]`` of the last run; the next one overwrites them."""
         return self.values[LOGITS]
 
-    def _rest(self, first: int) -> Captured | None:
+    def _rest(self, first: int) -> Runnable | None:
         """Runs the segments from ``first`` on; None for a whole step: at first, and where weights stream."""
         if self.program.feed is not None:
             return None
@@ -95,7 +95,7 @@ class Replayed:
                 torch.cuda.current_stream(self._stream.device).synchronize()  # it may be running
             del self._rests[next(iter(self._rests))]
 
-    def _remainder(self, first: int) -> Captured:
+    def _remainder(self, first: int) -> Runnable:
         made = sorted({name for segment in self.program.segments[first:] for name in segment.outputs})
 
         @torch.no_grad()
@@ -106,7 +106,7 @@ class Replayed:
             copy_all([self.values[name] for name in made], [env[name] for name in made])
 
         if self._stream is None or self.step.graph is None:
-            return Captured(step)
+            return Runnable(step)
         values = [self.values[name] for name in made]
         copy_all(values, [value.clone() for value in values])  # so that no kernel is loaded in a capture
         return _captured(step, self._stream, None, again=self.step.graph)
@@ -137,13 +137,13 @@ def capture(program: Program, inputs: Env, slot: torch.Tensor, ring: torch.Tenso
         values.update(env)
         end(env)
 
-    made = Captured(step) if stream is None else _captured(step, stream, program.feed)
+    made = Runnable(step) if stream is None else _captured(step, stream, program.feed)
     return Replayed(program, made, values, end, stream)
 
 
 def _captured(
     step: Callable[[], None], stream: torch.cuda.Stream, feed: Feed | None, again: torch.cuda.CUDAGraph | None = None
-) -> Captured:
+) -> Runnable:
     """Warm up on a stream of its own and capture the step as a CUDA graph.
 
     A part of what a graph holds ``again`` is warm, and takes its memory: the two never run at a time.
@@ -166,10 +166,10 @@ def _captured(
             if feed is not None:
                 feed.join()
     if feed is None:
-        return Captured(graph.replay, graph)
+        return Runnable(graph.replay, graph)
 
     def replay() -> None:
         with feed.replaying():
             graph.replay()
 
-    return Captured(replay, graph)
+    return Runnable(replay, graph)
