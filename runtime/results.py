@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from djinn_fx.errors import InvalidValue, UnknownSite
 from djinn_fx.notebook import Shown
 from djinn_fx.runtime import showing
-from djinn_fx.sites import SiteTable
+from djinn_fx.sites import SiteTable, from_transformer_lens
 from djinn_fx.views import View
 
 
 class Cache(Shown, Mapping[str, torch.Tensor]):
-    """Captured activations by site; every name of a site works, TransformerLens names too.
+    """Captured activations by site; every name of a site works, TransformerLens names and pairs too.
 
     Values are ``[B, T, *feature_shape]`` from batched calls and ``[T, *feature_shape]`` from one session's run.
     """
@@ -23,19 +24,35 @@ class Cache(Shown, Mapping[str, torch.Tensor]):
     def __init__(self, table: SiteTable, values: Mapping[str, torch.Tensor], *, batched: bool = True) -> None:
         self._table, self._values, self._batched = table, dict(values), batched
 
-    def __getitem__(self, name: str) -> torch.Tensor:
+    def __getitem__(self, name: str | tuple[str, int]) -> torch.Tensor:
         """The captured value of a site.
+
+        Args:
+            name: its name; or its role and its layer, from the end where that is negative, as in TransformerLens:
+                ``cache["resid_post", -1]``, ``cache["q", 0]``.
 
         Raises:
             UnknownSite: no such site, several, or one that was not captured in this call.
             InvalidValue: something else than a name.
         """
-        site = self._table.single(name)
+        site = self._table.single(self._named(name))
         if site.name not in self._values:
             raise UnknownSite(
                 f"site {site.name!r} was not captured in this call; it captured {', '.join(self._values) or 'nothing'}."
             )
         return self._values[site.name]
+
+    def _named(self, name: Any) -> Any:
+        if not isinstance(name, tuple) or list(map(type, name)) != [str, int]:
+            return name  # the table says what is wrong with it
+        role, layer = name
+        if layer < 0:
+            layer += 1 + max((site.layer for site in self._table.sites if site.layer is not None), default=-1)
+        for place in ("", "attn.", "mlp."):
+            hook = f"blocks.{layer}.{place}hook_{role}"
+            if (found := from_transformer_lens(hook)) != hook:
+                return found
+        return f"{role}.{layer}"
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._values)

@@ -184,9 +184,9 @@ CALLS: dict[str, Case] = {
         "the hook at 'resid_post.0' returned str; expected a tensor, or None",
     ),
     "site of no name": (
-        lambda dj, s: dj.run_with_cache([3], "resid_post")[1]["resid_post", 0],  # type: ignore[index]
+        lambda dj, s: dj.run_with_cache([3], "resid_post")[1]["resid_post", "0"],  # type: ignore[index]
         djinn.InvalidValue,
-        r"a site is named by a str, such as 'resid_post.1', not by \('resid_post', 0\)",
+        r"a site is named by a str, such as 'resid_post.1', not by \('resid_post', '0'\)",
     ),
     "a filter for sites": (
         lambda dj, s: dj.run_with_cache([3], lambda name: True),  # type: ignore[arg-type]

@@ -191,6 +191,12 @@ def test_names_aliases_and_stacks(both: djinn.Dj) -> None:
     for alias in ("blocks.0.hook_resid_post", "resid_pre.1", "blocks.1.hook_resid_pre", module):
         assert alias in cache
         assert_same_bits(cache[alias], cache["resid_post.0"])
+    for pair in (("resid_post", 0), ("resid_post", -2), ("resid_pre", 1)):
+        assert_same_bits(cache[pair], cache["resid_post.0"])
+    assert_same_bits(cache["resid_post", -1], cache["resid_post.1"])
+    assert_same_bits(cache["z", 0], cache["attn_z.0"])
+    with pytest.raises(djinn.UnknownSite, match=r"resid_post.7"):
+        cache["resid_post", 7]
     assert "resid_mid.0" not in cache and "nothing" not in cache
     stacked = cache.stack("resid_post")
     assert stacked.shape == (2, 1, 7, WIDTH)
