@@ -9,8 +9,8 @@ One row of ``[N, K]`` is a reduction; more rows, padded to a bucket, are a matri
 rounded once; a row's bits do not depend on the other rows, nor on where tensors lie: inputs off 16 bytes are copied.
 
 On Hopper kernels are launched while their predecessor still runs, if it lets them (programmatic
-dependent launch): they send for their first weights, which nothing computes, and wait for it before they
-read or write anything else.
+dependent launch): they send for their first weights and for edits, which no kernel beside them computes, and
+wait for it before they read or write anything else.
 """
 
 from __future__ import annotations

@@ -181,6 +181,14 @@ def product_of_rows(  # type: ignore[no-untyped-def]
 
 
 @jit
+def _to_l2(at):  # type: ignore[no-untyped-def]
+    """Send for the lines of some addresses, without waiting."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@jit
 def _prefetch(  # type: ignore[no-untyped-def]
     w, start_n, begin, width, depth, COLUMNS: tl.constexpr, AHEAD: tl.constexpr, TRANSPOSED: tl.constexpr
 ):
@@ -193,9 +201,7 @@ def _prefetch(  # type: ignore[no-untyped-def]
         k = tl.minimum(begin + tl.arange(0, AHEAD // 64) * 64, depth - 1)
         n = tl.minimum(tl.arange(0, COLUMNS), width - 1 - start_n)
         at = w + start_n.to(tl.int64) * depth + n[:, None] * depth + k[None, :]
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-    )
+    _to_l2(at)
 
 
 @jit(do_not_specialize=_RUNTIME)
@@ -240,9 +246,7 @@ def merge_splits(  # type: ignore[no-untyped-def]
 def _send_for(table, start_n, width, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Send for a block of columns of one row of a table in fp32, 128 bytes at a time."""
     at = table + tl.minimum(start_n + tl.arange(0, (COLUMNS + 31) // 32) * 32, width - 1)
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-    )
+    _to_l2(at)
 
 
 @jit
