@@ -110,7 +110,7 @@ class Replays:
         program = whole_program(self.dj, self.ours("plain").program)
         self._loop.retire()
         env = {**lanes.env(self._shape, "plain"), **self.dj.engine.arena.env}
-        lanes.upload_ints({}, self.rows, 0)  # dead lanes: warming up writes nowhere
+        lanes.upload({}, self.rows, 0)  # dead lanes: warming up writes nowhere
         stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         return capture(program, env, lanes.slot, lanes.ring, stream)
 
@@ -120,7 +120,7 @@ class Replays:
         self._loop.retire()
         for lane, row in self._batch.items():
             lanes.write(lane, row, lanes.plan(lane, row))
-        lanes.upload_flags(0)
+        lanes.change({}, self.rows, 0)
 
     def begin(self) -> None:
         """Put every lane back to where its session stands."""
@@ -129,7 +129,7 @@ class Replays:
             lane: (row.step.tokens[0], row.step.start, row.arena_row, row.step.stop)
             for lane, row in self._batch.items()
         }
-        self._loop.lanes.upload_ints(numbers, self.rows, 0)
+        self._loop.lanes.upload(numbers, self.rows, 0)
 
     def answer(self, replayed: Replayed, count: int) -> Answer:
         """Tokens and logits of so many replays from where the sessions stand."""

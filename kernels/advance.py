@@ -24,17 +24,22 @@ class Beginning:
     def __init__(self) -> None:
         self._kernel: Any = None
 
-    def __call__(self, message: Tensor, ints: Tensor, count: int) -> None:
+    def __call__(self, message: Tensor, ints: Tensor, count: int, raised: Tensor, flags: Tensor, anew: bool) -> None:
         """Never waits for the device.
 
         Args:
             message: int64 ``[INPUTS, lanes]``, contiguous, on the CPU or pinned; its last row says what is new.
             ints: int64 ``[INPUTS - 1, lanes]``, contiguous, on the device.
             count: how many of the first lanes are looked at.
+            raised: uint8 ``[bytes]``, a multiple of 16, on the CPU or pinned.
+            flags: as ``raised``, on the device.
+            anew: whether ``flags`` become ``raised``.
         """
         if ints.is_cuda and uses_triton():
-            self._kernel = triton_advance.begin(message, ints, count, self._kernel)
+            self._kernel = triton_advance.begin(message, ints, count, raised, flags, anew, self._kernel)
             return
+        if anew:
+            flags.copy_(raised)
         news = message[-1, :count].to(ints.device)
         said = message[:-1, :count].to(ints.device)
         mine = ints[:, :count]

@@ -18,6 +18,9 @@ from djinn_fx.kernels.backend import jit, next_power_of_2, tl
 #: Logits that a program looks at.
 RUN = 2048
 
+#: Bytes of flags that a program brings over.
+TILE = 2048
+
 
 def advance(logits: Tensor, tokens: Tensor, positions: Tensor, lengths: Tensor, slot: Tensor, ring: Tensor) -> None:
     """See :func:`djinn_fx.kernels.advance.advance`; never waits. A pinned ring is written over the bus."""
@@ -35,37 +38,53 @@ def advance(logits: Tensor, tokens: Tensor, positions: Tensor, lengths: Tensor, 
         )  # fmt: skip
 
 
-def begin(message: Tensor, ints: Tensor, count: int, kernel: Any) -> Any:
-    """See :class:`djinn_fx.kernels.advance.Beginning`; a pinned message is read over the bus.
+def begin(message: Tensor, ints: Tensor, count: int, raised: Tensor, flags: Tensor, anew: bool, kernel: Any) -> Any:
+    """See :class:`djinn_fx.kernels.advance.Beginning`; what is pinned is read over the bus.
 
     Args:
         message: see there.
         ints: see there.
         count: see there.
+        raised: see there.
+        flags: see there.
+        anew: see there.
         kernel: what the last call for these buffers gave; None for the first.
 
     Returns:
         the kernel.
     """
-    arguments = (message, ints, count, message.shape[1], next_power_of_2(message.shape[1]))
+    lanes, nbytes = message.shape[1], flags.numel()
+    arguments = (message, ints, count, raised, flags, nbytes, lanes, next_power_of_2(lanes), TILE)
+    grid = (1 + (-(-nbytes // TILE) if anew else 0), 1, 1)
     if kernel is None:
         with torch.cuda.device_of(ints):
-            return _begin[(1, 1, 1)](*arguments, num_warps=2)
-    kernel[1, 1, 1](*arguments)
+            return _begin[grid](*arguments, num_warps=2)
+    kernel[grid](*arguments)
     return kernel
 
 
-@jit(do_not_specialize=("count",))
-def _begin(message, ints, count, LANES: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """What is new for each lane; one program."""
-    lane = tl.arange(0, BLOCK)
-    inside = lane < count
-    news = tl.load(message + 5 * LANES + lane, mask=inside, other=0)
-    token = tl.load(message + lane, mask=news == 2)
-    tl.store(ints + lane, token, mask=news == 2)
-    for row in tl.static_range(1, 5):
-        said = tl.load(message + row * LANES + lane, mask=news > 0)
-        tl.store(ints + row * LANES + lane, said, mask=news > 0)
+@jit(do_not_specialize=("count", "nbytes"))
+def _begin(  # type: ignore[no-untyped-def]
+    message, ints, count, raised, flags, nbytes,
+    LANES: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """What is new for each lane in the first program, some of the flags in each of the others."""
+    part = tl.program_id(0)
+    if part == 0:
+        lane = tl.arange(0, BLOCK)
+        inside = lane < count
+        news = tl.load(message + 5 * LANES + lane, mask=inside, other=0)
+        token = tl.load(message + lane, mask=news == 2)
+        tl.store(ints + lane, token, mask=news == 2)
+        for row in tl.static_range(1, 5):
+            said = tl.load(message + row * LANES + lane, mask=news > 0)
+            tl.store(ints + row * LANES + lane, said, mask=news > 0)
+    else:
+        word = (part - 1) * (TILE // 4) + tl.arange(0, TILE // 4)
+        inside = word < nbytes // 4
+        there = tl.multiple_of(raised.to(tl.pointer_type(tl.int32)), 16) + word
+        here = tl.multiple_of(flags.to(tl.pointer_type(tl.int32)), 16) + word
+        tl.store(here, tl.load(there, mask=inside), mask=inside)
 
 
 @jit

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from djinn_fx.runtime import asking, cruise, planner, riders
-from djinn_fx.runtime.bits import same_bits
 from djinn_fx.runtime.claims import vouch
 from djinn_fx.runtime.flight import Flight
 from djinn_fx.runtime.modes import outside_inference, without_grad
@@ -24,6 +23,7 @@ from djinn_fx.runtime.results import StepRecord
 from djinn_fx.runtime.riders import Riders
 from djinn_fx.runtime.run import Run
 from djinn_fx.runtime.sampling import sample
+from djinn_fx.runtime.standing import deliver, leave
 from djinn_fx.runtime.steps import Step
 from djinn_fx.runtime.stop import Stop
 from djinn_fx.runtime.tables import BatchRow
@@ -50,7 +50,9 @@ def iterate(engine: Engine, runs: Sequence[Run]) -> list[Stop]:
         with engine.lock:
             for run in runs:
                 if run.flight is not None:
-                    _settle(engine, run, run.flight)
+                    leave(engine, run, run.flight)
+            again = _run_again(engine, runs)
+        asking.ask(engine, again)
         for run in runs:
             if run.flight is None and run.session.length == len(run.session.token_list):
                 _draw_first(engine, run)
@@ -118,37 +120,21 @@ def _driving(engine: Engine, runs: Sequence[Run]) -> Iterator[None]:
 
 
 @without_grad
-def _settle(engine: Engine, run: Run, flight: Flight) -> None:
-    """Take over what the user changed while the run stood at a stop, and leave the stop."""
-    if run.stop is not None:
-        take_over(engine, run)
-    elif flight.step.steering[-1][1] is not run.session.steering:
-        # A step left in the air by an error: steering set since then acts on what lies ahead.
-        flight.steer(run.session.steering, engine.sites)
-    else:
-        return
-    if flight.chunk is not None and flight.chunk.program.sites != engine.sites:
-        flight.chunk = None  # sites were compiled in since it began, and may be steered: it begins again
-    elif flight.chunk is not None:
-        row = BatchRow(run.session.row, flight.step)
-        engine.executor.refresh(flight.chunk, row)
-    run.stand_at(None)
+def _run_again(engine: Engine, runs: Sequence[Run]) -> list[list[Run]]:
+    """Where one run is driven alone and its decode step has to run again, run it at once, before all else is looked at.
 
+    Many are batched with what others decode, by :func:`_launch`.
 
-@without_grad
-def take_over(engine: Engine, run: Run) -> None:
-    """Make what the user changed at the stop where a run stands part of its step in the air."""
-    stop, flight = run.stop, run.flight
-    if stop is None or flight is None:
-        return
-    if not stop.untouched:
-        site, value = engine.table.get(stop.site), stop.checked_value()
-        # Comparing waits for the device: for others' step, if one was launched ahead. A value that was written and has
-        # the same bits all the same makes no difference but to be taken for edited.
-        busy = engine.executor.loop is not None and engine.executor.loop.launched is not None
-        if (busy and stop.written) or not same_bits(value, flight.value(site)):
-            flight.replace(site, value)
-    flight.steer(run.session.steering, engine.sites)
+    Returns:
+        the decode group, if there was one.
+    """
+    run = runs[0]
+    flight = run.flight
+    if len(runs) > 1 or flight is None or flight.values is not None or not flight.step.decodes:
+        return []
+    (flight.values,) = engine.executor.decode([planner.batch_row(run)])
+    flight.answers = flight.drawn = None
+    return [[run]]
 
 
 @without_grad
@@ -191,8 +177,6 @@ def _look_ahead(engine: Engine, others: Sequence[Run], groups: Sequence[Sequence
     if loop is None or len(groups) > 1 or not (groups or riding.runs):
         return
     group = groups[0] if groups else []
-    if len(group) == len(others) == 1 and not riding.runs and planner.flight_of(group[0]).step.injections:
-        return  # a part of a step is over before another is prepared: who edited it and waits gets its token first
     decoding = set(map(id, group))
     joining = sum(1 for run in others if id(run) not in decoding and planner.joins(run))
     going, staying = planner.going(group, engine.options), riding.staying(engine)
@@ -209,6 +193,7 @@ def _seek(engine: Engine, run: Run) -> Stop | None:
     flight = run.flight
     if flight is None or (flight.values is None and flight.chunk is None):
         return None
+    flight.settle()
     sure = run.target is None and not run.halting and flight.passes
     ahead = [] if sure else planner.watched(run, flight, flight.sites(engine.sites))
     for site in ahead:
@@ -276,22 +261,6 @@ def _reach(engine: Engine, run: Run, flight: Flight, site: Site) -> bool:
         flight.values = None
         return False
     return True
-
-
-@without_grad
-def deliver(engine: Engine, run: Run, site: Site, fired: Sequence[int]) -> Stop:
-    """Stop a run after ``site``: the value is copied into a buffer that the stop owns."""
-    flight = planner.flight_of(run)
-    flight.passed = site.order
-    # Under the lock: another thread's step may want the place where it lies.
-    with engine.lock, outside_inference():  # the user may write to it wherever
-        value = flight.value(site).clone()
-        if flight.chunk is not None:
-            flight.chunk.save()
-    stop = Stop(run, site, flight.step, value, fired)
-    run.stand_at(stop)
-    run.interrupted = False
-    return stop
 
 
 def _commit(engine: Engine, run: Run, flight: Flight) -> int | None:

@@ -14,6 +14,7 @@ from djinn_fx.runtime.arena import KVArena
 from djinn_fx.runtime.berths import park
 from djinn_fx.runtime.breakpoints import arm_breakpoints
 from djinn_fx.runtime.disk import Disk
+from djinn_fx.runtime.doubt import Doubts
 from djinn_fx.runtime.executor import Executor
 from djinn_fx.runtime.fingerprint import Identity, describe_environment, describe_model
 from djinn_fx.runtime.inputs import one_prompt
@@ -56,6 +57,7 @@ class Engine:
         pool: host memory for checkpoints and offloaded sessions.
         transfer: what moves KV there and back.
         tiers: decides what moves.
+        doubts: whether values were changed at stops.
         visits: called under the lock before a session's next step, on the thread that drives it; they raise nothing.
     """
 
@@ -76,6 +78,7 @@ class Engine:
     pool: HostPool = field(init=False, repr=False)
     transfer: Transfer = field(init=False, repr=False)
     tiers: Tiers = field(init=False, repr=False)
+    doubts: Doubts = field(init=False, repr=False)
     visits: dict[Session, Callable[[], None]] = field(default_factory=dict, repr=False)
     _keys: Iterator[int] = field(default_factory=itertools.count, repr=False)
     _loop: DecodeLoop | None = field(init=False, default=None, repr=False)
@@ -86,7 +89,7 @@ class Engine:
 
     def __post_init__(self) -> None:
         self.lock = EngineLock(self.device)
-        cuda = self.device.type == "cuda"
+        cuda, self.doubts = self.device.type == "cuda", Doubts(self.device)
         self.pool = HostPool(self.options.pinned_bytes, pinned=cuda, ahead=cuda)
         self.transfer = Transfer(self.arena, self.pool)
         self.tiers = Tiers(self, Disk(self.options.disk_bytes, self.options.spill_dir))

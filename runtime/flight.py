@@ -9,6 +9,7 @@ import torch
 
 from djinn_fx.errors import InternalError
 from djinn_fx.runtime.breakpoints import Answer
+from djinn_fx.runtime.doubt import Doubt
 from djinn_fx.runtime.executor import RowValues, StepValues
 from djinn_fx.runtime.stages import Chunk
 from djinn_fx.runtime.steps import Steering, Step
@@ -32,6 +33,7 @@ class Flight:
         drawn: the token that a decode step's logits come to, where it was drawn ahead.
         answers: what predicates said of a decode step's values, by breakpoint (its identity) and site, where every
             breakpoint that could stop the step was asked; None where not.
+        doubt: a site and the edit there of which it is not known yet whether it is one.
     """
 
     step: Step
@@ -40,6 +42,7 @@ class Flight:
     chunk: Chunk | None = None
     drawn: int | None = None
     answers: dict[tuple[int, str], Answer] | None = None
+    doubt: tuple[str, Doubt] | None = None
 
     @property
     def passes(self) -> bool:
@@ -77,15 +80,28 @@ class Flight:
         """The most likely next token, if the step found it already."""
         return None if self.values is None else self.values.token
 
-    def replace(self, site: Site, value: torch.Tensor) -> None:
+    def replace(self, site: Site, doubt: Doubt) -> None:
         """Put the user's value in the place of a site's value; what follows is computed from it."""
-        self.step = self.step.edited(site.name, value.clone())
+        self.settle()
+        self.step = self.step.edited(site.name, doubt.own)
+        self.doubt = (site.name, doubt)
         if self.chunk is None:
             self.values = None
             return
         whole = self.chunk.env[site.name].clone()
-        whole[0, : value.shape[0]] = value
+        whole[0, : doubt.own.shape[0]] = doubt.own
         self.chunk.put({site.name: whole})
+
+    def settle(self) -> None:
+        """Forget the last edit if it turns out to have changed nothing: what was computed since is the same without it.
+
+        It waits until the device has looked; the step that runs meanwhile is not waited for.
+        """
+        if self.doubt is not None:
+            site, doubt = self.doubt
+            if not doubt.holds():
+                self.step = self.step.unedited(site)
+            self.doubt = None
 
     @property
     def reached(self) -> int:

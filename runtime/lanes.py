@@ -7,7 +7,7 @@ again each step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -50,7 +50,7 @@ class Written:
     @cached_property
     def variant(self) -> Variant:
         """The cheapest program variant that does what is written."""
-        if any(armed.rank is not None for armed in (self.edits or {}).values()):
+        if self.edits and any(armed.rank is not None for armed in self.edits.values()):
             return "rank"
         return "armed" if self.edits or self.injected else "plain"
 
@@ -88,6 +88,7 @@ class Lanes:
         self.written: list[Written] = [NOTHING] * count
         self._tables: dict[str, torch.Tensor] = {}
         self._specs: dict[str, TableSpec] = {}
+        self._tap_rows: dict[tuple[int, int], torch.Tensor] = {}
         with torch.inference_mode(False):
             self.ints = torch.zeros(len(_INTS) + 1, self.padded, dtype=torch.int64, device=device)
             self.ring = torch.zeros(SLOTS, self.padded, dtype=torch.int64, pin_memory=device.type == "cuda")
@@ -96,7 +97,8 @@ class Lanes:
         self.ints[_INTS.index(ROWS)] = spare_row
         self._host_flags = np.zeros(tuple(self._flags.shape), dtype=bool)
         self._flags_changed = False
-        self.outbox = Outbox(self.padded, tuple(self._flags.shape), device)
+        self.outbox = Outbox(self.ints, self._flags)
+        self._index = {site.name: index for index, site in enumerate(self.sites)}
 
     def _make_taps(self) -> tuple[list[torch.Tensor], dict[str, tuple[int, int]]]:
         """Tap buffers ``[sites, lanes, *feature_shape]``, one for all sites alike, and each site's place in them."""
@@ -148,22 +150,32 @@ class Lanes:
         number, rank = self.tap_of[self.sites[index].name]
         return self.taps[number][rank]
 
+    def _tap_row(self, index: int, lane: int) -> torch.Tensor:
+        """The tap of a site for one lane, ``[1, *feature_shape]``; to make such a view takes longer than to copy."""
+        if (index, lane) not in self._tap_rows:
+            self._tap_rows[index, lane] = _words(self.tap(index)[lane : lane + 1])
+        return self._tap_rows[index, lane]
+
     # -- writing -------------------------------------------------------------------------------
 
     def plan(self, lane: int, row: BatchRow) -> Written:
         """What a lane must hold for a row; what it holds now, where that is it."""
         step, now = row.step, self.written[lane]
-        injected = (
-            tuple(i for i, site in enumerate(self.sites) if site.name in step.injections) if step.injections else ()
-        )
+        injected = self._injected(step.injections) if step.injections else ()
         source = step.steering[-1][1] if len(step.steering) == 1 else None
-        if not injected and not now.injected and source is not None:
-            if not source and not now.edits and now is not STALE:
-                return now
-            if now.source is source and now.place == _place(step, source):
-                return now
+        place = () if source is None else _place(step, source)
+        if source is not None and now is not STALE:
+            nothing = not source and not now.edits
+            if nothing or (now.source is source and now.place == place):
+                if not injected and not now.injected:
+                    return now
+                return Written(source, place, now.edits, injected)
         edits = {i: armed for i, site in enumerate(self.sites) if (armed := acting(step, site)) is not None}
-        return Written(source, () if source is None else _place(step, source), edits, injected)
+        return Written(source, place, edits, injected)
+
+    def _injected(self, names: Iterable[str]) -> tuple[int, ...]:
+        """The indices of those of some sites that are compiled."""
+        return tuple(sorted(self._index[name] for name in names if name in self._index))
 
     def write(self, lane: int, row: BatchRow, plan: Written) -> None:
         """Bring a lane's tables to what was planned for a row."""
@@ -177,21 +189,25 @@ class Lanes:
             if known.get(index) is not armed:
                 self._write_edit(index, lane, armed, targets, sources)
         for index in plan.injected:
-            value = row.step.injections[self.sites[index].name]
-            targets.append(self.tap(index)[lane])
-            sources.append(value[0])
+            targets.append(self._tap_row(index, lane))
+            sources.append(_words(row.step.injections[self.sites[index].name]))
         copy_all(targets, sources)
-        self._flag(lane, plan)
+        self._flag(lane, now, plan)
         self.written[lane] = plan
 
     def clear(self, lane: int) -> None:
         """Let nothing act on a lane."""
         now = self.written[lane]
         if now.edits or now.injected or now is STALE:
-            self._flag(lane, NOTHING)
+            self._flag(lane, now, NOTHING)
             self.written[lane] = NOTHING
 
-    def _flag(self, lane: int, plan: Written) -> None:
+    def _flag(self, lane: int, now: Written, plan: Written) -> None:
+        if now is not STALE and (now.edits is plan.edits or not (now.edits or plan.edits)):
+            for index in {*now.injected} ^ {*plan.injected}:
+                self._host_flags[2, index, lane] = index in plan.injected
+                self._flags_changed = True
+            return
         flags = np.zeros(self._host_flags.shape[:2], dtype=bool)
         for index, armed in (plan.edits or {}).items():
             flags[0, index] = armed.scale is not None or armed.add is not None
@@ -222,33 +238,30 @@ class Lanes:
             targets.append(self._tables[f"{name}:{part}"][lane, :count])
             sources.append(getattr(armed.rank, part))
 
-    def upload_flags(self, number: int) -> None:
-        """Send the flags to the device, for step ``number``, if one changed."""
-        if self._flags_changed:
-            self.outbox.send_flags(self._host_flags, self._flags, number)
-            self._flags_changed = False
-
     @property
     def slot(self) -> torch.Tensor:
         """The number of the next step, ``[1]``."""
         return self.ints[-1, :1]
 
-    def upload_ints(self, rows: Mapping[int, tuple[int, int, int, int]], count: int, number: int) -> None:
-        """Send what the first ``count`` lanes run in step ``number``, and nothing on other lanes.
+    def upload(self, rows: Mapping[int, tuple[int, int, int, int]], count: int, number: int) -> None:
+        """Send what the first ``count`` lanes run in step ``number``, nothing on other lanes; and flags that changed.
 
         Args:
-            rows: token, position, arena row and length by lane; see
-                :meth:`djinn_fx.runtime.outbox.Outbox.send_inputs`.
+            rows: token, position, arena row and length by lane; see :meth:`djinn_fx.runtime.outbox.Outbox.send`.
             count: how many lanes.
             number: the step's.
         """
-        everyone = {lane: rows.get(lane, self.dead) for lane in range(count)}
-        self.outbox.send_inputs(everyone, self.ints, count, number, whole=True)
+        self._send({lane: rows.get(lane, self.dead) for lane in range(count)}, count, number, whole=True)
 
-    def change_ints(self, rows: Mapping[int, tuple[int, int, int, int]], count: int, number: int) -> None:
-        """:meth:`upload_ints` for some lanes alone; the others go on from what the last step left."""
-        if rows:
-            self.outbox.send_inputs(rows, self.ints, count, number, whole=False)
+    def change(self, rows: Mapping[int, tuple[int, int, int, int]], count: int, number: int) -> None:
+        """:meth:`upload` for some lanes alone; the others go on from what the last step left."""
+        if rows or self._flags_changed:
+            self._send(rows, count, number, whole=False)
+
+    def _send(self, rows: Mapping[int, tuple[int, int, int, int]], count: int, number: int, *, whole: bool) -> None:
+        flags = self._host_flags if self._flags_changed else None
+        self.outbox.send(rows, count, number, whole=whole, flags=flags)
+        self._flags_changed = False
 
     @property
     def dead(self) -> tuple[int, int, int, int]:
@@ -258,6 +271,8 @@ class Lanes:
 
 def _place(step: Step, steering: Steering) -> tuple[object, ...]:
     """What the edits that act in a decode step depend on beside the steering."""
+    if not steering:
+        return ()
     specs = [armed.edit.positions for armed in steering.values()]
     if all(spec == "all" for spec in specs):
         return ()
@@ -269,12 +284,17 @@ def _place(step: Step, steering: Steering) -> tuple[object, ...]:
 _NARROW = frozenset((torch.bfloat16, torch.float16))
 
 
+def _words(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor so that a copy of it keeps every bit."""
+    return tensor.view(torch.int16) if tensor.dtype in _NARROW else tensor
+
+
 def copy_all(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
     """Copy many tensors bit for bit with few launches, those of one dtype together."""
     by_dtype: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
     for target, source in zip(targets, sources, strict=True):
         if target.dtype in _NARROW and source.dtype == target.dtype:
-            target, source = target.view(torch.int16), source.view(torch.int16)
+            target, source = _words(target), _words(source)
         pair = by_dtype.setdefault(target.dtype, ([], []))
         pair[0].append(target)
         pair[1].append(source)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -73,7 +74,7 @@ class Launch:
         self._before = before
         self._by_row = {seat.row.arena_row: seat for seat in rows.values()}
         self._lanes, self._logits = lanes, logits
-        self._values: weakref.WeakSet[LaunchValues] = weakref.WeakSet()
+        self._values: list[weakref.ref[LaunchValues]] = []
         self._over, self.whole = False, True
         self._tokens = lanes.ring[number % SLOTS, : shape.rows]
         self._arrived = lanes.outbox.passed(number)
@@ -126,7 +127,7 @@ class Launch:
             if not alike or self.fed(seat) != row.step.tokens[0]:
                 return None
         found = LaunchValues(row.step, seat.lane, self, row.wants)
-        self._values.add(found)
+        self._values.append(weakref.ref(found))
         return found
 
     def changed(self, rows: Mapping[int, Seat], shape: ProgramShape, number: int) -> list[int] | None:
@@ -159,7 +160,8 @@ class Launch:
 
     def keep(self) -> None:
         """Copy what somebody wants of the buffers, all in one go; whoever has a copy reads from that."""
-        wanted = [value for value in self._values if value.wants != "token" and not value.kept]
+        served = [value for known in self._values if (value := known()) is not None]
+        wanted = [value for value in served if value.wants != "token" and not value.kept]
         if wanted:
             lanes = {value.lane for value in wanted}
             tapped = any(value.wants == "taps" for value in wanted)
@@ -176,6 +178,7 @@ class Launch:
             part = len(lanes) / (chosen.stop - chosen.start)
             return Snapshot(chosen.start, self._logits()[chosen].clone(), taps, part)
 
+    @cached_property
     def here(self) -> Snapshot:
         """The static buffers themselves, while they hold this step."""
         return Snapshot(0, self._logits(), tuple(self._lanes.taps) if self.tapped else ())
@@ -231,7 +234,7 @@ class LaunchValues:
     def _source(self) -> Snapshot | None:
         if self._kept is not None:
             return self._kept
-        return None if self._launch.over else self._launch.here()
+        return None if self._launch.over else self._launch.here
 
     @property
     def token(self) -> int | None:

@@ -161,7 +161,7 @@ class DecodeLoop:
                 self._ready[key] = self.prepare(rows, program.variant)
                 return self._ready[key]
             env = {**self.lanes.env(shape, program.variant), **self.arena.env}
-            self.lanes.upload_ints({}, rows, 0)  # dead lanes: warming up writes nowhere
+            self.lanes.upload({}, rows, 0)  # dead lanes: warming up writes nowhere
             if self._stream is None and self.lanes.device.type == "cuda":
                 self._stream = torch.cuda.Stream(self.lanes.device)
             self._ready[key] = capture(program, env, self.lanes.slot, self.lanes.ring, self._stream)
@@ -240,13 +240,12 @@ class DecodeLoop:
                 self.lanes.clear(lane)
             elif plans[lane] is not self.lanes.written[lane]:
                 self.lanes.write(lane, rows[lane].row, plans[lane])
-        self.lanes.upload_flags(self._number)
         changed = None if last is None else last.changed(rows, shape, self._number)
         if changed is None:
-            self.lanes.upload_ints(self._numbers(rows), shape.rows, self._number)
+            self.lanes.upload(self._numbers(rows), shape.rows, self._number)
         else:
             some = self._numbers({lane: rows.get(lane) for lane in changed})
-            self.lanes.change_ints(some, shape.rows, self._number)
+            self.lanes.change(some, shape.rows, self._number)
         self._run(replayed, begin)
         made = Launch(shape, replayed.program.variant, rows, self.lanes, replayed.logits, self._number, before)
         self._last = self._counted(made)
@@ -298,7 +297,13 @@ class DecodeLoop:
         return launch
 
     def _variant(self, rows: Mapping[int, Seat], plans: Mapping[int, Written]) -> Variant:
-        needed: set[Variant] = {plan.variant for plan in plans.values()}
-        if any(seat.row.wants == "taps" for seat in rows.values()):
-            needed.add("armed")
-        return max(needed, key=_RICHNESS.__getitem__)
+        needed: Variant = "plain"
+        for lane, seat in rows.items():
+            variant = plans[lane].variant
+            if variant == "plain" and seat.row.wants == "taps":
+                variant = "armed"
+            if variant == "rank":
+                return variant
+            if variant == "armed":
+                needed = variant
+        return needed

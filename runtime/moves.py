@@ -7,13 +7,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from djinn_fx.runtime.bits import same_bits
-from djinn_fx.runtime.driver import deliver, execute, take_over
+from djinn_fx.runtime.driver import execute
 from djinn_fx.runtime.flight import Flight
 from djinn_fx.runtime.launch import LaunchValues
 from djinn_fx.runtime.planner import flight_of
 from djinn_fx.runtime.run import Run
 from djinn_fx.runtime.scarce import memory_for
 from djinn_fx.runtime.session import Session
+from djinn_fx.runtime.standing import deliver, take_over
 from djinn_fx.runtime.steering import Armed
 from djinn_fx.runtime.steps import Steering, Step
 from djinn_fx.runtime.stop import Stop
@@ -39,6 +40,7 @@ def rewind(engine: Engine, run: Run, index: int, site: Site) -> Stop:
     engine.bring_back(session)  # first of all: where there is no row for it, nothing is changed
     if index == len(session.journal):
         take_over(engine, run)  # the place may lie behind the stop, in the same step
+        flight_of(run).settle()
     step = session.journal[index] if index < len(session.journal) else flight_of(run).step
     orders = {known.name: known.order for known in engine.table.sites}
     target = step.until(site.order, orders)
@@ -132,6 +134,7 @@ def recompute(engine: Engine, session: Session, armed: Armed) -> None:
     if run is None or run.flight is None:
         return
     flight, stop = run.flight, run.stop
+    flight.settle()
     (step,) = recomputed([flight.step], armed)
     if stop is None:
         run.flight = Flight(step)

@@ -58,8 +58,9 @@ def first_changed(
 
 def _differ(before: Step, now: Step, was: Written, will: Written, sites: Sequence[Site]) -> Iterator[int]:
     """Indices of the sites where one lane is edited or injected into otherwise than it was."""
-    old, new = was.edits or {}, will.edits or {}
-    yield from (index for index in old.keys() | new.keys() if old.get(index) is not new.get(index))
+    if was.edits is not will.edits:
+        old, new = was.edits or {}, will.edits or {}
+        yield from (index for index in old.keys() | new.keys() if old.get(index) is not new.get(index))
     for index in {*was.injected, *will.injected}:
         name = sites[index].name
         if before.injections.get(name) is not now.injections.get(name):

@@ -74,6 +74,7 @@ def _in_the_air(run: Run) -> list[Step]:
     flight, stop = run.flight, run.stop
     if flight is None:
         return []
+    flight.settle()
     step = flight.step
     if stop is not None:
         step = step.edited(stop.site, stop.checked_value().clone())

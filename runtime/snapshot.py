@@ -153,6 +153,8 @@ def snapshot(session: Session, *, between: bool = False) -> tuple[Snapshot, torc
             "cannot checkpoint: a thread is in the middle of a step of this session's run. Wait until the run stops "
             "or pauses; inside a loop over its stops a checkpoint is always possible, in a callback it is not."
         )
+    if run is not None and run.flight is not None:
+        run.flight.settle()
     state = SessionState(
         seed=session.seed,
         tokens=tuple(session.token_list),

@@ -99,6 +99,10 @@ class Step:
         """This step with the value of ``site`` replaced by ``value``."""
         return replace(self, injections={**self.injections, site: value})
 
+    def unedited(self, site: str) -> Step:
+        """This step without the user's value of ``site``."""
+        return replace(self, injections={name: value for name, value in self.injections.items() if name != site})
+
     def steered(self, after: int, edits: Steering) -> Step:
         """This step with ``edits`` acting at the sites behind order ``after``; itself if they do so already."""
         since, acting = self.steering[-1]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 Advance = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
 
-Begin = Callable[[Tensor, Tensor, int], object]
+Begin = Callable[[Tensor, Tensor, int, Tensor, Tensor, bool], object]
 
 NAN, INF = float("nan"), float("inf")
 
@@ -46,17 +46,20 @@ def check(advance: Advance, vocab: int, dtype: torch.dtype, device: str, slots: 
 
 
 def check_beginning(begin: Begin, device: str) -> None:
-    """Lanes that keep all, that keep their token, that take all; and those beyond the program's, which keep all."""
-    ints = torch.arange(5 * 16, device=device).view(5, 16)
-    before = ints.cpu().clone()
+    """Lanes that keep all, that keep their token, that take all; those beyond the program's, which keep all; flags."""
     message = -torch.arange(6 * 16, dtype=torch.int64).view(6, 16) - 1000
     message[5] = torch.tensor([0, 1, 2, 2, 1, 0, 2, 1] * 2)
+    raised = torch.randint(0, 2, (5008,), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     if device == "cuda":
-        message = message.pin_memory()
-    for _ in range(2):  # the second goes through the kernel that the first has found
-        begin(message, ints, 11)
-    wanted = before.clone()
-    for lane, news in enumerate(message[5, :11].tolist()):
-        wanted[1:, lane] = message[1:5, lane] if news else before[1:, lane]
-        wanted[0, lane] = message[0, lane] if news == 2 else before[0, lane]
-    assert torch.equal(ints.cpu(), wanted)
+        message, raised = message.pin_memory(), raised.pin_memory()
+    for anew in (False, True, False):  # all but the first go through the kernel that the first has found
+        ints = torch.arange(5 * 16, device=device).view(5, 16)
+        flags = torch.full((5008,), 7, dtype=torch.uint8, device=device)
+        wanted = ints.cpu().clone()
+        before = wanted.clone()
+        begin(message, ints, 11, raised, flags, anew)
+        for lane, news in enumerate(message[5, :11].tolist()):
+            wanted[1:, lane] = message[1:5, lane] if news else before[1:, lane]
+            wanted[0, lane] = message[0, lane] if news == 2 else before[0, lane]
+        assert torch.equal(ints.cpu(), wanted)
+        assert torch.equal(flags.cpu(), raised if anew else torch.full_like(raised, 7))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -16,4 +18,4 @@ def test_steps(vocab: int, dtype: torch.dtype) -> None:
 
 
 def test_beginning() -> None:
-    check_beginning(lambda message, ints, count: begin(message, ints, count, None), "cpu")
+    check_beginning(partial(begin, kernel=None), "cpu")

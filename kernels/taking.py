@@ -1,0 +1,40 @@
+"""A user's value on its way into a step: a copy of it that nobody else writes, and whether it differs at all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from djinn_fx.kernels import triton_taking
+from djinn_fx.kernels.backend import uses_triton
+
+#: Integers of each itemsize: they are equal where all bits are, NaN and -0.0 included.
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Taking:
+    """Takes values over; a kernel is looked up once for tensors that lie alike, which costs more than to launch it."""
+
+    def __init__(self) -> None:
+        self._kernels: dict[object, Any] = {}
+
+    def __call__(self, value: Tensor, before: Tensor, own: Tensor, differs: Tensor) -> None:
+        """Copy a value, and say whether it differs from what was there; never waits for the device.
+
+        Args:
+            value: of any shape and dtype.
+            before: as ``value``.
+            own: as ``value``, contiguous; takes the copy, bit for bit.
+            differs: int32 ``[1]``, 0 before, on the CPU or pinned; 1 if a bit differs.
+        """
+        if own.is_complex():
+            value, before, own = torch.view_as_real(value), torch.view_as_real(before), torch.view_as_real(own)
+        value, before = value.contiguous(), before.contiguous()
+        if own.is_cuda and uses_triton():
+            triton_taking.take(value, before, own, differs, self._kernels)
+            return
+        word = _WORDS[own.itemsize]
+        own.view(word).copy_(value.view(word))
+        differs.copy_((value.view(word) != before.view(word)).any().view(1), non_blocking=True)

@@ -1,0 +1,57 @@
+"""A value on its way into a step, on a GPU: copied and compared in one launch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from djinn_fx.kernels.backend import jit, tl
+
+#: Bytes that a program looks at, and its warps.
+TILE, WARPS = 16384, 4
+
+
+def take(value: Tensor, before: Tensor, own: Tensor, differs: Tensor, kernels: dict[object, Any]) -> None:
+    """See :class:`djinn_fx.kernels.taking.Taking`; never waits. A pinned ``differs`` is written over the bus.
+
+    Args:
+        value: see there; contiguous, like the next two.
+        before: see there.
+        own: see there.
+        differs: see there; 0 before.
+        kernels: those found so far, by what they were compiled for; a new one is added.
+    """
+    nbytes = value.nbytes
+    wide = not (nbytes % 16 or value.data_ptr() % 16 or before.data_ptr() % 16 or own.data_ptr() % 16)
+    grid, key = (-(-nbytes // TILE), 1, 1), (value.dtype, wide)
+    arguments = (value, before, own, differs, nbytes, wide, TILE)
+    kernel = kernels.get(key)
+    if kernel is None:
+        with torch.cuda.device_of(own):
+            kernels[key] = _take[grid](*arguments, num_warps=WARPS)
+    else:
+        kernel[grid](*arguments)
+
+
+@jit(do_not_specialize=("nbytes",), do_not_specialize_on_alignment=("value", "before", "own", "differs"))
+def _take(value, before, own, differs, nbytes, WIDE: tl.constexpr, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One tile; grid ``[tiles]``."""
+    begin = tl.program_id(0).to(tl.int64) * TILE
+    if WIDE:
+        at = begin // 4 + tl.arange(0, TILE // 4)
+        inside = at * 4 < nbytes
+        new = tl.load(tl.multiple_of(value.to(tl.pointer_type(tl.int32)), 16) + at, mask=inside, other=0)
+        old = tl.load(tl.multiple_of(before.to(tl.pointer_type(tl.int32)), 16) + at, mask=inside, other=0)
+        tl.store(tl.multiple_of(own.to(tl.pointer_type(tl.int32)), 16) + at, new, mask=inside)
+        found = tl.max((new != old).to(tl.int32), 0)
+    else:
+        at = begin + tl.arange(0, TILE)
+        inside = at < nbytes
+        new = tl.load(value.to(tl.pointer_type(tl.uint8)) + at, mask=inside, other=0)
+        old = tl.load(before.to(tl.pointer_type(tl.uint8)) + at, mask=inside, other=0)
+        tl.store(own.to(tl.pointer_type(tl.uint8)) + at, new, mask=inside)
+        found = tl.max((new != old).to(tl.int32), 0)
+    if found != 0:
+        tl.store(differs, 1)  # whoever finds it writes the same
