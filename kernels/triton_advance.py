@@ -72,8 +72,7 @@ def _begin(  # type: ignore[no-untyped-def]
     part = tl.program_id(0)
     if part == 0:
         lane = tl.arange(0, BLOCK)
-        inside = lane < count
-        news = tl.load(message + 5 * LANES + lane, mask=inside, other=0)
+        news = tl.load(message + 5 * LANES + lane, mask=lane < count, other=0)
         token = tl.load(message + lane, mask=news == 2)
         tl.store(ints + lane, token, mask=news == 2)
         for row in tl.static_range(1, 5):
@@ -81,10 +80,10 @@ def _begin(  # type: ignore[no-untyped-def]
             tl.store(ints + row * LANES + lane, said, mask=news > 0)
     else:
         word = (part - 1) * (TILE // 4) + tl.arange(0, TILE // 4)
-        inside = word < nbytes // 4
+        within = word < nbytes // 4
         there = tl.multiple_of(raised.to(tl.pointer_type(tl.int32)), 16) + word
         here = tl.multiple_of(flags.to(tl.pointer_type(tl.int32)), 16) + word
-        tl.store(here, tl.load(there, mask=inside), mask=inside)
+        tl.store(here, tl.load(there, mask=within), mask=within)
 
 
 @jit

@@ -38,16 +38,15 @@ def take(value: Tensor, before: Tensor, own: Tensor, differs: Tensor, kernels: d
 @jit(do_not_specialize=("nbytes",), do_not_specialize_on_alignment=("value", "before", "own", "differs"))
 def _take(value, before, own, differs, nbytes, WIDE: tl.constexpr, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
     """One tile; grid ``[tiles]``."""
-    begin = tl.program_id(0).to(tl.int64) * TILE
     if WIDE:
-        at = begin // 4 + tl.arange(0, TILE // 4)
-        inside = at * 4 < nbytes
+        at = tl.program_id(0).to(tl.int64) * (TILE // 4) + tl.arange(0, TILE // 4)
+        inside = at < nbytes // 16 * 4
         new = tl.load(tl.multiple_of(value.to(tl.pointer_type(tl.int32)), 16) + at, mask=inside, other=0)
         old = tl.load(tl.multiple_of(before.to(tl.pointer_type(tl.int32)), 16) + at, mask=inside, other=0)
         tl.store(tl.multiple_of(own.to(tl.pointer_type(tl.int32)), 16) + at, new, mask=inside)
         found = tl.max((new != old).to(tl.int32), 0)
     else:
-        at = begin + tl.arange(0, TILE)
+        at = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
         inside = at < nbytes
         new = tl.load(value.to(tl.pointer_type(tl.uint8)) + at, mask=inside, other=0)
         old = tl.load(before.to(tl.pointer_type(tl.uint8)) + at, mask=inside, other=0)
