@@ -10,6 +10,8 @@ from torch import Tensor
 
 from djinn_fx.kernels import triton_advance
 from djinn_fx.kernels.backend import uses_triton
+from djinn_fx.kernels.taking import take, words
+from djinn_fx.kernels.triton_taking import Taken
 
 #: Rows of a message to lanes: tokens, positions, arena rows, lengths, the step's number, and what is new of them.
 INPUTS = 6
@@ -22,9 +24,18 @@ class Beginning:
     """Lanes take what the host wrote for them; a kernel is looked up once, which costs more than to launch it."""
 
     def __init__(self) -> None:
-        self._kernel: Any = None
+        self._kernels: dict[object, Any] = {}
 
-    def __call__(self, message: Tensor, ints: Tensor, count: int, raised: Tensor, flags: Tensor, anew: bool) -> None:
+    def __call__(
+        self,
+        message: Tensor,
+        ints: Tensor,
+        count: int,
+        raised: Tensor,
+        flags: Tensor,
+        anew: bool,
+        taken: Taken | None = None,
+    ) -> None:
         """Never waits for the device.
 
         Args:
@@ -34,12 +45,18 @@ class Beginning:
             raised: uint8 ``[bytes]``, a multiple of 16, on the CPU or pinned.
             flags: as ``raised``, on the device.
             anew: whether ``flags`` become ``raised``.
+            taken: a value to take over, as :class:`djinn_fx.kernels.taking.Taking` does, and the place that becomes
+                it: value, place, own, differs; the first three alike, contiguous, at multiples of 16 bytes and as long.
         """
         if ints.is_cuda and uses_triton():
-            self._kernel = triton_advance.begin(message, ints, count, raised, flags, anew, self._kernel)
+            triton_advance.begin(message, ints, count, raised, flags, anew, taken, self._kernels)
             return
         if anew:
             flags.copy_(raised)
+        if taken is not None:
+            value, place, own, differs = taken
+            take(value, place, own, differs)
+            words(place).copy_(words(own))
         news = message[-1, :count].to(ints.device)
         said = message[:-1, :count].to(ints.device)
         mine = ints[:, :count]

@@ -29,12 +29,23 @@ class Taking:
             own: as ``value``, contiguous; takes the copy, bit for bit.
             differs: int32 ``[1]``, 0 before, on the CPU or pinned; 1 if a bit differs.
         """
-        if own.is_complex():
-            value, before, own = torch.view_as_real(value), torch.view_as_real(before), torch.view_as_real(own)
-        value, before = value.contiguous(), before.contiguous()
         if own.is_cuda and uses_triton():
-            triton_taking.take(value, before, own, differs, self._kernels)
-            return
-        word = _WORDS[own.itemsize]
-        own.view(word).copy_(value.view(word))
-        differs.copy_((value.view(word) != before.view(word)).any().view(1), non_blocking=True)
+            if own.is_complex():
+                value, before, own = torch.view_as_real(value), torch.view_as_real(before), torch.view_as_real(own)
+            triton_taking.take(value.contiguous(), before.contiguous(), own, differs, self._kernels)
+        else:
+            take(value, before, own, differs)
+
+
+def take(value: Tensor, before: Tensor, own: Tensor, differs: Tensor) -> None:
+    """The torch twin of :class:`Taking`."""
+    mine = words(value)
+    words(own).copy_(mine)
+    differs.copy_((mine != words(before)).any().view(1), non_blocking=True)
+
+
+def words(tensor: Tensor) -> Tensor:
+    """A tensor's bits as integers as wide as its elements; a view of it where it is contiguous."""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    return tensor.contiguous().view(_WORDS[tensor.itemsize])

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from djinn_fx.kernels.backend import jit, next_power_of_2, tl
+from djinn_fx.kernels.triton_taking import Taken, taken_words
 
 #: Logits that a program looks at.
 RUN = 2048
 
-#: Bytes of flags that a program brings over.
+#: Bytes of flags, or of a value, that a program brings over.
 TILE = 2048
 
 
@@ -38,7 +39,16 @@ def advance(logits: Tensor, tokens: Tensor, positions: Tensor, lengths: Tensor, 
         )  # fmt: skip
 
 
-def begin(message: Tensor, ints: Tensor, count: int, raised: Tensor, flags: Tensor, anew: bool, kernel: Any) -> Any:
+def begin(
+    message: Tensor,
+    ints: Tensor,
+    count: int,
+    raised: Tensor,
+    flags: Tensor,
+    anew: bool,
+    taken: Taken | None,
+    kernels: dict[object, Any],
+) -> None:
     """See :class:`djinn_fx.kernels.advance.Beginning`; what is pinned is read over the bus.
 
     Args:
@@ -48,27 +58,32 @@ def begin(message: Tensor, ints: Tensor, count: int, raised: Tensor, flags: Tens
         raised: see there.
         flags: see there.
         anew: see there.
-        kernel: what the last call for these buffers gave; None for the first.
-
-    Returns:
-        the kernel.
+        taken: see there.
+        kernels: those found so far for these buffers, by the dtype of what is taken; a new one is added.
     """
     lanes, nbytes = message.shape[1], flags.numel()
-    arguments = (message, ints, count, raised, flags, nbytes, lanes, next_power_of_2(lanes), TILE)
-    grid = (1 + (-(-nbytes // TILE) if anew else 0), 1, 1)
+    value, place, own, differs = taken or (flags, flags, flags, ints)
+    size = value.nbytes if taken else 0
+    parts = -(-nbytes // TILE) if anew else 0
+    arguments = (
+        message, ints, count, raised, flags, nbytes, parts, value, place, own, differs, size,
+        lanes, next_power_of_2(lanes), TILE,
+    )  # fmt: skip
+    grid, key = (1 + parts + -(-size // TILE), 1, 1), (value.dtype, taken is None)
+    kernel = kernels.get(key)
     if kernel is None:
         with torch.cuda.device_of(ints):
-            return _begin[grid](*arguments, num_warps=2)
-    kernel[grid](*arguments)
-    return kernel
+            kernels[key] = _begin[grid](*arguments, num_warps=2)
+    else:
+        kernel[grid](*arguments)
 
 
-@jit(do_not_specialize=("count", "nbytes"))
+@jit(do_not_specialize=("count", "nbytes", "parts", "size"))
 def _begin(  # type: ignore[no-untyped-def]
-    message, ints, count, raised, flags, nbytes,
+    message, ints, count, raised, flags, nbytes, parts, value, place, own, differs, size,
     LANES: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """What is new for each lane in the first program, some of the flags in each of the others."""
+    """What is new for each lane in the first program, some of the flags in each of the next, then some of the value."""
     part = tl.program_id(0)
     if part == 0:
         lane = tl.arange(0, BLOCK)
@@ -78,12 +93,17 @@ def _begin(  # type: ignore[no-untyped-def]
         for row in tl.static_range(1, 5):
             said = tl.load(message + row * LANES + lane, mask=news > 0)
             tl.store(ints + row * LANES + lane, said, mask=news > 0)
-    else:
+    elif part <= parts:
         word = (part - 1) * (TILE // 4) + tl.arange(0, TILE // 4)
-        within = word < nbytes // 4
+        within = word < nbytes // 16 * 4
         there = tl.multiple_of(raised.to(tl.pointer_type(tl.int32)), 16) + word
         here = tl.multiple_of(flags.to(tl.pointer_type(tl.int32)), 16) + word
         tl.store(here, tl.load(there, mask=within), mask=within)
+    else:
+        new, at, inside, differ = taken_words(value, place, own, size, part - parts - 1, TILE)
+        tl.store(tl.multiple_of(place.to(tl.pointer_type(tl.int32)), 16) + at, new, mask=inside)
+        if differ != 0:
+            tl.store(differs.to(tl.pointer_type(tl.int32)), 1)
 
 
 @jit

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from djinn_fx.kernels.backend import jit, tl
 
+#: A value, where it goes, a copy of it, and whether it differs from what was there.
+Taken = tuple[Tensor, Tensor, Tensor, Tensor]
+
 #: Bytes that a program looks at, and its warps.
 TILE, WARPS = 16384, 4
 
@@ -38,19 +41,26 @@ def take(value: Tensor, before: Tensor, own: Tensor, differs: Tensor, kernels: d
 @jit(do_not_specialize=("nbytes",), do_not_specialize_on_alignment=("value", "before", "own", "differs"))
 def _take(value, before, own, differs, nbytes, WIDE: tl.constexpr, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
     """One tile; grid ``[tiles]``."""
+    tile = tl.program_id(0).to(tl.int64)
     if WIDE:
-        at = tl.program_id(0).to(tl.int64) * (TILE // 4) + tl.arange(0, TILE // 4)
-        inside = at < nbytes // 16 * 4
-        new = tl.load(tl.multiple_of(value.to(tl.pointer_type(tl.int32)), 16) + at, mask=inside, other=0)
-        old = tl.load(tl.multiple_of(before.to(tl.pointer_type(tl.int32)), 16) + at, mask=inside, other=0)
-        tl.store(tl.multiple_of(own.to(tl.pointer_type(tl.int32)), 16) + at, new, mask=inside)
-        found = tl.max((new != old).to(tl.int32), 0)
+        _, _, _, differ = taken_words(value, before, own, nbytes, tile, TILE)
     else:
-        at = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+        at = tile * TILE + tl.arange(0, TILE)
         inside = at < nbytes
         new = tl.load(value.to(tl.pointer_type(tl.uint8)) + at, mask=inside, other=0)
         old = tl.load(before.to(tl.pointer_type(tl.uint8)) + at, mask=inside, other=0)
         tl.store(own.to(tl.pointer_type(tl.uint8)) + at, new, mask=inside)
-        found = tl.max((new != old).to(tl.int32), 0)
-    if found != 0:
+        differ = tl.max((new != old).to(tl.int32), 0)
+    if differ != 0:
         tl.store(differs, 1)  # whoever finds it writes the same
+
+
+@jit
+def taken_words(value, before, own, nbytes, tile, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Copy a tile of 16-byte words; returns it, where it lies, what of that is inside, and whether it differs."""
+    at = tile * (TILE // 4) + tl.arange(0, TILE // 4)
+    inside = at < nbytes // 16 * 4
+    new = tl.load(tl.multiple_of(value.to(tl.pointer_type(tl.int32)), 16) + at, mask=inside, other=0)
+    old = tl.load(tl.multiple_of(before.to(tl.pointer_type(tl.int32)), 16) + at, mask=inside, other=0)
+    tl.store(tl.multiple_of(own.to(tl.pointer_type(tl.int32)), 16) + at, new, mask=inside)
+    return new, at, inside, tl.max((new != old).to(tl.int32), 0)

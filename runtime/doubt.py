@@ -16,14 +16,35 @@ from djinn_fx.kernels.taking import Taking
 from djinn_fx.runtime.bits import same_bits
 
 
-class _Slot:
-    """Where the device writes its answer, and what passes when it has."""
+class Question:
+    """A question to the device: where it writes its answer, and what passes when it has.
+
+    Attributes:
+        word: int32 ``[1]`` on the host; the device writes 1 where the value differs.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self.word = torch.zeros(1, dtype=torch.int32, pin_memory=True)
-        self.told = self.word.numpy()
-        self.passed = torch.cuda.Event()
-        self.stream = torch.cuda.default_stream(device)  # whoever holds the engine's lock is on it
+        cuda = device.type == "cuda"
+        self.word = torch.zeros(1, dtype=torch.int32, pin_memory=cuda)
+        self._told = self.word.numpy()
+        self._passed = torch.cuda.Event() if cuda else None
+        self._stream = torch.cuda.default_stream(device) if cuda else None  # whoever holds the engine's lock is on it
+
+    def reset(self) -> Question:
+        """Make it ready to be asked; returns itself."""
+        self._told[0] = 0
+        return self
+
+    def asked(self) -> None:
+        """The comparison was enqueued just now."""
+        if self._passed is not None:
+            self._passed.record(self._stream)
+
+    def answer(self) -> bool:
+        """Whether the value differs; waits until the device has compared it."""
+        if self._passed is not None:
+            self._passed.synchronize()
+        return bool(self._told[0])
 
 
 class Doubt:
@@ -54,7 +75,7 @@ class Doubts:
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._taking = device, Taking()
-        self._free: list[_Slot] = []
+        self._free: list[Question] = []
 
     def raised(self, value: torch.Tensor, before: torch.Tensor) -> Doubt:
         """Take a value over and begin to compare it; on CUDA nothing waits.
@@ -66,15 +87,21 @@ class Doubts:
         if self._device.type != "cuda":
             known = not same_bits(value, before)
             return Doubt(value.clone() if known else value, known)
-        slot = self._free.pop() if self._free else _Slot(self._device)
-        slot.told[0] = 0
         own = torch.empty(value.shape, dtype=value.dtype, device=value.device)
-        self._taking(value, before, own, slot.word)
-        slot.passed.record(slot.stream)
-        return Doubt(own, None, partial(self._answer, slot))
+        question = self.question()
+        self._taking(value, before, own, question.word)
+        question.asked()
+        return self.about(own, question)
 
-    def _answer(self, slot: _Slot) -> bool:
-        slot.passed.synchronize()
-        differs = bool(slot.told[0])
-        self._free.append(slot)
+    def question(self) -> Question:
+        """A question that nobody has asked yet."""
+        return (self._free.pop() if self._free else Question(self._device)).reset()
+
+    def about(self, own: torch.Tensor, question: Question) -> Doubt:
+        """The doubt that a question will settle."""
+        return Doubt(own, None, partial(self._answer, question))
+
+    def _answer(self, question: Question) -> bool:
+        differs = question.answer()
+        self._free.append(question)
         return differs

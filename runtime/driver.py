@@ -23,7 +23,7 @@ from djinn_fx.runtime.results import StepRecord
 from djinn_fx.runtime.riders import Riders
 from djinn_fx.runtime.run import Run
 from djinn_fx.runtime.sampling import sample
-from djinn_fx.runtime.standing import deliver, leave
+from djinn_fx.runtime.standing import deliver, go_on, leave
 from djinn_fx.runtime.steps import Step
 from djinn_fx.runtime.stop import Stop
 from djinn_fx.runtime.tables import BatchRow
@@ -44,19 +44,13 @@ def iterate(engine: Engine, runs: Sequence[Run]) -> list[Stop]:
         InvalidValue: a stop's value was given another shape or dtype through ``.data``; every run stays where it was.
     """
     with _driving(engine, runs), outside_inference():
-        vouch(engine, runs)
-        engine.tiers.roomy(partial(_come, engine, runs), runs)
-        _await_rows(engine, runs)
-        with engine.lock:
-            for run in runs:
-                if run.flight is not None:
-                    leave(engine, run, run.flight)
-            again = _run_again(engine, runs)
+        again = [list(runs)] if len(runs) == 1 and go_on(engine, runs[0]) else _come_and_leave(engine, runs)
         asking.ask(engine, again)
         for run in runs:
             if run.flight is None and run.session.length == len(run.session.token_list):
                 _draw_first(engine, run)
-        stops = {id(run): _seek(engine, run) for run in runs if run.flight is not None}
+        alone = len(runs) == 1
+        stops = {id(run): _seek(engine, run, alone) for run in runs if run.flight is not None}
         moving = [run for run in runs if not run.finished and not stops.get(id(run))]
         with engine.lock:
             cruising = len(moving) == len(runs) and cruise.fits(engine, moving)
@@ -72,8 +66,20 @@ def iterate(engine: Engine, runs: Sequence[Run]) -> list[Stop]:
             _look_ahead(engine, others, groups, riding)
         riders.arrive(engine, riding)
         for run in others:
-            stops[id(run)] = _seek(engine, run)
+            stops[id(run)] = _seek(engine, run, alone)
     return [stop for run in runs if (stop := stops.get(id(run))) is not None]
+
+
+def _come_and_leave(engine: Engine, runs: Sequence[Run]) -> list[list[Run]]:
+    """Bring runs back, let them leave their stops, and run again what has to; returns the decode groups of that."""
+    vouch(engine, runs)
+    engine.tiers.roomy(partial(_come, engine, runs), runs)
+    _await_rows(engine, runs)
+    with engine.lock:
+        for run in runs:
+            if run.flight is not None:
+                leave(engine, run, run.flight)
+        return _run_again(engine, runs)
 
 
 def _await_rows(engine: Engine, runs: Sequence[Run]) -> None:
@@ -188,8 +194,14 @@ def _look_ahead(engine: Engine, others: Sequence[Run], groups: Sequence[Sequence
         loop.look_ahead(rows, staying)
 
 
-def _seek(engine: Engine, run: Run) -> Stop | None:
-    """Look at the sites ahead in the step in the air: stop at the first hit, else commit."""
+def _seek(engine: Engine, run: Run, alone: bool) -> Stop | None:
+    """Look at the sites ahead in the step in the air: stop at the first hit, else commit.
+
+    Args:
+        engine: the engine.
+        run: the run.
+        alone: see :func:`deliver`.
+    """
     flight = run.flight
     if flight is None or (flight.values is None and flight.chunk is None):
         return None
@@ -201,7 +213,7 @@ def _seek(engine: Engine, run: Run) -> Stop | None:
             return None
         fired = planner.fired(run, flight, site, partial(asking.values_at, engine, flight, site))
         if fired is not None:
-            stop = deliver(engine, run, site, fired)
+            stop = deliver(engine, run, site, fired, alone=alone)
             stop.waiting = True
             return stop
         flight.passed = site.order

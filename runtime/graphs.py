@@ -10,7 +10,7 @@ import torch
 
 from djinn_fx.kernels.advance import advance
 from djinn_fx.program import LENGTHS, LOGITS, POSITIONS, TOKENS, Feed, Program
-from djinn_fx.runtime.lanes import copy_all
+from djinn_fx.runtime.copies import copy_all
 from djinn_fx.runtime.modes import outside_inference
 from djinn_fx.runtime.segments import Env, run_segments
 

@@ -8,13 +8,15 @@ again each step.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 import torch
 
+from djinn_fx.kernels.triton_taking import Taken
 from djinn_fx.program import LENGTHS, POSITIONS, ROWS, TOKENS
+from djinn_fx.runtime.copies import copy_all, words
 from djinn_fx.runtime.outbox import SLOTS, Outbox
 from djinn_fx.runtime.steering import Armed, RankPart
 from djinn_fx.runtime.steps import Steering, Step
@@ -46,6 +48,10 @@ class Written:
     place: tuple[object, ...] = ()
     edits: Mapping[int, Armed] | None = None
     injected: tuple[int, ...] = ()
+
+    def with_injected(self, index: int) -> Written:
+        """The same, and a value injected at a site."""
+        return replace(self, injected=tuple(sorted({*self.injected, index})))
 
     @cached_property
     def variant(self) -> Variant:
@@ -153,7 +159,7 @@ class Lanes:
     def _tap_row(self, index: int, lane: int) -> torch.Tensor:
         """The tap of a site for one lane, ``[1, *feature_shape]``; to make such a view takes longer than to copy."""
         if (index, lane) not in self._tap_rows:
-            self._tap_rows[index, lane] = _words(self.tap(index)[lane : lane + 1])
+            self._tap_rows[index, lane] = words(self.tap(index)[lane : lane + 1])
         return self._tap_rows[index, lane]
 
     # -- writing -------------------------------------------------------------------------------
@@ -190,7 +196,7 @@ class Lanes:
                 self._write_edit(index, lane, armed, targets, sources)
         for index in plan.injected:
             targets.append(self._tap_row(index, lane))
-            sources.append(_words(row.step.injections[self.sites[index].name]))
+            sources.append(words(row.step.injections[self.sites[index].name]))
         copy_all(targets, sources)
         self._flag(lane, now, plan)
         self.written[lane] = plan
@@ -258,6 +264,36 @@ class Lanes:
         if rows or self._flags_changed:
             self._send(rows, count, number, whole=False)
 
+    def inject(
+        self,
+        lane: int,
+        plan: Written,
+        numbers: Mapping[int, tuple[int, int, int, int]],
+        count: int,
+        number: int,
+        taken: Taken,
+    ) -> None:
+        """:meth:`write` a plan that differs from what a lane holds by an injection alone, and :meth:`change`, in one.
+
+        Args:
+            lane: the lane.
+            plan: the plan.
+            numbers: as in :meth:`change`.
+            count: likewise.
+            number: likewise.
+            taken: the value, its tap, a copy, and whether it differs from what the tap held.
+        """
+        now, self.written[lane] = self.written[lane], STALE
+        self._flag(lane, now, plan)
+        flags = self._host_flags if self._flags_changed else None
+        self.outbox.send(numbers, count, number, whole=False, flags=flags, taken=taken)
+        self._flags_changed = False
+        self.written[lane] = plan
+
+    def index_of(self, site: Site) -> int | None:
+        """The index of a site at which a value can be injected."""
+        return self._index.get(site.name)
+
     def _send(self, rows: Mapping[int, tuple[int, int, int, int]], count: int, number: int, *, whole: bool) -> None:
         flags = self._host_flags if self._flags_changed else None
         self.outbox.send(rows, count, number, whole=whole, flags=flags)
@@ -278,38 +314,3 @@ def _place(step: Step, steering: Steering) -> tuple[object, ...]:
         return ()
     worded = all(isinstance(word, str) for spec in specs for word in (spec if isinstance(spec, tuple) else (spec,)))
     return (step.sampled[0], step.start == step.last_prompt) if worded else (step.sampled[0], step.start)
-
-
-#: CUDA's copy of many tensors takes these through fp32, and another NaN comes out than went in.
-_NARROW = frozenset((torch.bfloat16, torch.float16))
-
-
-def _words(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor so that a copy of it keeps every bit."""
-    return tensor.view(torch.int16) if tensor.dtype in _NARROW else tensor
-
-
-def copy_all(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
-    """Copy many tensors bit for bit with few launches, those of one dtype together."""
-    by_dtype: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
-    for target, source in zip(targets, sources, strict=True):
-        if target.dtype in _NARROW and source.dtype == target.dtype:
-            target, source = _words(target), _words(source)
-        pair = by_dtype.setdefault(target.dtype, ([], []))
-        pair[0].append(target)
-        pair[1].append(source)
-    for some, values in by_dtype.values():
-        if len(some) == 1:
-            some[0].copy_(values[0])  # a launch less dear to the host
-        else:
-            torch._foreach_copy_(some, values)
-
-
-def send(host: torch.Tensor, target: torch.Tensor) -> None:
-    """Copy a small host tensor to the device without waiting; ``host`` may be changed right away."""
-    if target.device.type == "cpu":
-        target.copy_(host)
-        return
-    staged = torch.empty(host.shape, dtype=host.dtype, pin_memory=True)
-    staged.copy_(host)
-    target.copy_(staged, non_blocking=True)

@@ -209,6 +209,11 @@ class LaunchValues:
         self._kept: Snapshot | None = None
 
     @property
+    def launch(self) -> Launch:
+        """What left them."""
+        return self._launch
+
+    @property
     def kept(self) -> bool:
         """Whether it reads from a snapshot."""
         return self._kept is not None

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -18,12 +18,14 @@ import torch
 
 from djinn_fx.errors import InternalError
 from djinn_fx.runtime.arena import KVArena
+from djinn_fx.runtime.doubt import Question
 from djinn_fx.runtime.graphs import Replayed, Stream, capture
 from djinn_fx.runtime.lanes import Lanes, Written
 from djinn_fx.runtime.launch import Launch, LaunchValues, Seat
 from djinn_fx.runtime.outbox import SLOTS
+from djinn_fx.runtime.poised import Poised, poised
 from djinn_fx.runtime.programs import ProgramCache
-from djinn_fx.runtime.remainder import first_changed, first_segments
+from djinn_fx.runtime.remainder import Beginnings
 from djinn_fx.runtime.steps import UNKNOWN
 from djinn_fx.runtime.tables import BatchRow
 from djinn_fx.sites import Site
@@ -53,7 +55,10 @@ class DecodeLoop:
     _recent: deque[weakref.ref[Launch]] = field(default_factory=partial(deque, maxlen=SLOTS - 1), repr=False)
     _last: Launch | None = field(default=None, repr=False)
     _ahead: Launch | None = field(default=None, repr=False)
-    _begins: dict[tuple[int, Variant], list[int]] = field(default_factory=dict, repr=False)
+    _beginnings: Beginnings = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._beginnings = Beginnings(self.sites)
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -137,6 +142,50 @@ class DecodeLoop:
         self._run(self._ready[(last.shape.rows, last.variant)])
         self._last = made = self._counted(last.following(self._number))
         return made
+
+    def poise(self, row: BatchRow, launch: Launch, site: Site) -> Poised | None:
+        """Make a step that a launch ran for a row ready to run again with another value of a site.
+
+        None where more than the value would have to change, or others' steps ran with it.
+        """
+        replayed = self._ready.get((launch.shape.rows, launch.variant))
+        if self._last is not launch or replayed is None or not self._alone(launch):
+            return None
+        return poised(launch, replayed, self.lanes, row, site, self._number, self._beginnings)
+
+    def fits(self, poised: Poised) -> bool:
+        """Whether nothing ran here since a step was poised, so that it may go on."""
+        last = self._last
+        return last is poised.launch and self._alone(last) and self.lanes.written[poised.seat.lane] is poised.now
+
+    def go(self, poised: Poised, value: torch.Tensor, question: Question) -> Callable[[], Launch]:
+        """Send the value of a poised step that :meth:`fits` to the device.
+
+        Args:
+            poised: the step.
+            value: as its place; aligned.
+            question: whether it differs from what was there.
+
+        Returns:
+            what runs the step; to be called at once.
+        """
+        poised.launch.end()
+        self._last, rows = None, poised.launch.shape.rows
+        taken = (value, poised.place, poised.own, question.word)
+        self.lanes.inject(poised.seat.lane, poised.plan, poised.numbers, rows, self._number, taken)
+        question.asked()
+        return partial(self._on, poised)
+
+    def _on(self, poised: Poised) -> Launch:
+        replayed, lane, shape = poised.replayed, poised.seat.lane, poised.launch.shape
+        self._run(replayed, poised.begin)
+        made = Launch(shape, replayed.program.variant, {lane: poised.seat}, self.lanes, replayed.logits, self._number)
+        self._last = self._counted(made)
+        return made
+
+    def _alone(self, last: Launch) -> bool:
+        """Whether a launch ran the step of one row, tapped, and nothing has changed since."""
+        return len(last.rows) == 1 and last.tapped and last.whole and self._ahead is None
 
     def drop(self, row: int | None = None) -> None:
         """Give up what was launched ahead; with ``row`` only if it runs a step in that row of the arena.
@@ -231,7 +280,9 @@ class DecodeLoop:
         """
         replayed = self.prepare(shape.rows, variant)
         last = self._last
-        begin = 0 if last is None else self._begin(last, rows, plans, replayed)
+        begin = 0
+        if last is not None and self._ready.get((last.shape.rows, last.variant)) is replayed:
+            begin = self._beginnings.begin(replayed.program, last, rows, self._number, self.lanes.written, plans)
         if last is not None:
             last.end()  # until here it is the last one: an interrupt must not leave it without its end
         self._last = None
@@ -271,18 +322,6 @@ class DecodeLoop:
             token = token if seat.number == self._number else UNKNOWN
             found[lane] = (token, start, seat.row.arena_row, start + 1)
         return found
-
-    def _begin(self, last: Launch, rows: Mapping[int, Seat], plans: Mapping[int, Written], replayed: Replayed) -> int:
-        """The segment to begin with: 0, or where the last launch, which is run again, differs from what is wanted."""
-        key = (last.shape.rows, last.variant)
-        if not last.whole or self._ready.get(key) is not replayed:
-            return 0
-        first = first_changed(last, rows, self._number, self.lanes.written, plans, self.sites)
-        if first is None:
-            return 0
-        if key not in self._begins:
-            self._begins[key] = first_segments(replayed.program, self.sites)
-        return min(self._begins[key][first:])
 
     def _run(self, replayed: Replayed, begin: int = 0) -> None:
         """Run a program, once the place where its tokens go is free."""

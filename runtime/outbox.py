@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 
 from djinn_fx.kernels.advance import INPUTS, KEEP, NEW, OTHER, Beginning
+from djinn_fx.kernels.triton_taking import Taken
 from djinn_fx.runtime.steps import UNKNOWN
 
 #: Steps whose tokens the host keeps at a time, and whose messages may be under way.
@@ -48,6 +49,7 @@ class Outbox:
         *,
         whole: bool,
         flags: npt.NDArray[np.bool_] | None = None,
+        taken: Taken | None = None,
     ) -> None:
         """Send what lanes run in step ``number``, and what acts on them.
 
@@ -58,6 +60,7 @@ class Outbox:
             number: the step's number.
             whole: whether ``rows`` are all ``count`` lanes; else the others go on from what the last step left.
             flags: as they are now; None where none has changed.
+            taken: a value that goes to its place; see :class:`djinn_fx.kernels.advance.Beginning`.
         """
         slot = self._slot(number)
         message = self._written[slot]
@@ -68,7 +71,7 @@ class Outbox:
         if flags is not None:
             self._raised[slot] = flags
         inputs, raised = self._slots[slot]
-        self._beginning(inputs, self._ints, count, raised, self._flags, flags is not None)
+        self._beginning(inputs, self._ints, count, raised, self._flags, flags is not None, taken)
 
     def passed(self, number: int) -> torch.cuda.Event | None:
         """An event that passes when step ``number``, enqueued just now, is done; None on the CPU, where it is."""

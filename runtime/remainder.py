@@ -16,6 +16,48 @@ from djinn_fx.runtime.steps import Step
 from djinn_fx.sites import Site
 
 
+class Beginnings:
+    """Where programs may begin.
+
+    Args:
+        sites: the compiled sites, in execution order.
+    """
+
+    def __init__(self, sites: Sequence[Site]) -> None:
+        self._sites = sites
+        self._known: dict[
+            int, tuple[Program, list[int]]
+        ] = {}  # by identity, which holds as long as the program is here
+
+    def begin(
+        self,
+        program: Program,
+        last: Launch,
+        rows: Mapping[int, Seat],
+        number: int,
+        written: Sequence[Written],
+        plans: Mapping[int, Written],
+    ) -> int:
+        """The segment where the last launch, which ``program`` ran, begins to differ from what is wanted; else 0.
+
+        Args:
+            program: the program.
+            last: the last launch.
+            rows: as :func:`first_changed` takes it, like the others.
+            number: see there.
+            written: see there.
+            plans: see there.
+        """
+        first = first_changed(last, rows, number, written, plans, self._sites) if last.whole else None
+        return 0 if first is None else self.segment(program, first)
+
+    def segment(self, program: Program, first: int) -> int:
+        """The first segment that takes a table of one site, by its index, or of a later one."""
+        if id(program) not in self._known:
+            self._known[id(program)] = program, first_segments(program, self._sites)
+        return min(self._known[id(program)][1][first:])
+
+
 def first_segments(program: Program, sites: Sequence[Site]) -> list[int]:
     """For each site, the first segment that takes one of its tables."""
     found: dict[str, int] = {}

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from djinn_fx.program import Program
-from djinn_fx.runtime.lanes import copy_all, send
+from djinn_fx.runtime.copies import copy_all, send
 from djinn_fx.runtime.modes import outside_inference, without_grad
 from djinn_fx.runtime.segments import Env, run_segments
 from djinn_fx.runtime.tables import BatchRow, int_views, neutral_tables, write_steering

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from djinn_fx.runtime.doubt import Doubt
 from djinn_fx.runtime.flight import Flight
+from djinn_fx.runtime.launch import LaunchValues
 from djinn_fx.runtime.modes import outside_inference, without_grad
-from djinn_fx.runtime.planner import flight_of
+from djinn_fx.runtime.planner import flight_of, wants
+from djinn_fx.runtime.poised import Poised, aligned
 from djinn_fx.runtime.run import Run
 from djinn_fx.runtime.stop import Stop
 from djinn_fx.runtime.tables import BatchRow
@@ -18,8 +21,16 @@ if TYPE_CHECKING:
 
 
 @without_grad
-def deliver(engine: Engine, run: Run, site: Site, fired: Sequence[int]) -> Stop:
-    """Stop a run after ``site``: the value is copied into a buffer that the stop owns."""
+def deliver(engine: Engine, run: Run, site: Site, fired: Sequence[int], *, alone: bool = False) -> Stop:
+    """Stop a run after ``site``: the value is copied into a buffer that the stop owns.
+
+    Args:
+        engine: the engine.
+        run: the run.
+        site: the site.
+        fired: see :class:`Stop`.
+        alone: whether nothing else is driven by this thread, so that the run may go on by :func:`go_on`.
+    """
     flight = flight_of(run)
     flight.passed = site.order
     # Under the lock: another thread's step may want the place where it lies.
@@ -27,10 +38,58 @@ def deliver(engine: Engine, run: Run, site: Site, fired: Sequence[int]) -> Stop:
         value = flight.value(site).clone()
         if flight.chunk is not None:
             flight.chunk.save()
-    stop = Stop(run, site, flight.step, value, fired)
+        poised = _poise(engine, run, flight, site) if alone else None
+    stop = Stop(run, site, flight.step, value, fired, poised)
     run.stand_at(stop)
     run.interrupted = False
     return stop
+
+
+def _poise(engine: Engine, run: Run, flight: Flight, site: Site) -> Poised | None:
+    """Make the step in the air ready to run again with another value of a site, where it is a decode step."""
+    loop, values = engine.executor.loop, flight.values
+    if loop is None or not isinstance(values, LaunchValues):
+        return None
+    return loop.poise(BatchRow(run.session.row, flight.step), values.launch, site)
+
+
+@without_grad
+def go_on(engine: Engine, run: Run) -> bool:
+    """Let a decode step run on from a stop at once, if a value was written there and nothing else can have changed.
+
+    It is :func:`leave`, and the launch of the step, and looks at nothing that can wait until the device is busy. False:
+    nothing was done, and the run goes on as any other.
+
+    Raises:
+        InvalidValue: the value was given another shape or dtype through ``.data``.
+    """
+    with engine.lock:
+        stop, flight, session = run.stop, run.flight, run.session
+        poised, loop = None if stop is None else stop.poised, engine.executor.loop
+        if stop is None or flight is None or poised is None or loop is None or not stop.written:
+            return False
+        if not loop.fits(poised) or not _undisturbed(engine, run, flight, poised):
+            return False
+        value = stop.checked_value()
+        if not aligned(value):
+            return False
+        flight.values, question = None, engine.doubts.question()  # nobody needs what the step had left
+        run_on = loop.go(poised, value, question)
+        flight.step, flight.doubt = poised.edited, (stop.site, engine.doubts.about(poised.own, question))
+        run.stand_at(None)
+        flight.values = run_on().serves(BatchRow(session.row, poised.edited, wants(run)))
+        flight.answers = flight.drawn = None
+    return True
+
+
+def _undisturbed(engine: Engine, run: Run, flight: Flight, poised: Poised) -> bool:
+    """Whether a run stands as it stood when its step was poised."""
+    session = run.session
+    here = session.resident and session.away is None and engine.arena.still and not (session.closed or engine.closed)
+    same = flight.step is poised.step and session.steering is poised.step.steering[0][1]
+    values = flight.values
+    mine = isinstance(values, LaunchValues) and values.launch is poised.launch and not values.shared
+    return here and same and mine and run.vouched and session.row == poised.seat.row.arena_row
 
 
 @without_grad
@@ -63,7 +122,10 @@ def take_over(engine: Engine, run: Run, *, later: bool = False) -> None:
     stop, flight = run.stop, run.flight
     if stop is None or flight is None:
         return
-    if not stop.untouched:
+    if flight.chunk is None and flight.values is None:
+        value = stop.checked_value().clone()  # what the step had left is gone since somebody wrote another value
+        flight.replace(stop.place, Doubt(value, True))
+    elif not stop.untouched:
         doubt = engine.doubts.raised(stop.checked_value(), flight.value(stop.place))
         # To ask waits for the device: for others' step, if one was launched ahead.
         if (later and stop.written and doubt.known is None) or doubt.holds():

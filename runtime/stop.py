@@ -18,6 +18,7 @@ from djinn_fx.views import View
 
 if TYPE_CHECKING:
     from djinn_fx.runtime.checkpoint import Checkpoint
+    from djinn_fx.runtime.poised import Poised
     from djinn_fx.runtime.run import Run
     from djinn_fx.runtime.session import Session
     from djinn_fx.runtime.steps import Step
@@ -37,9 +38,10 @@ class Stop(Shown):
         step: Step,
         value: torch.Tensor,
         fired: Sequence[int],
+        poised: Poised | None = None,
     ) -> None:
         self._run, self._site, self._step, self._value = run, site, step, value
-        self._fired, self._kind = tuple(fired), _kind(value)
+        self._fired, self._kind, self.poised = tuple(fired), _kind(value), poised
         self._given, self._seen = (value, value._version), False
         self.held = False
         self.waiting = False  # found by a step, not yet in the user's hands

@@ -7,9 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from djinn_fx.kernels.triton_taking import Taken
+
 Advance = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
 
-Begin = Callable[[Tensor, Tensor, int, Tensor, Tensor, bool], object]
+Begin = Callable[[Tensor, Tensor, int, Tensor, Tensor, bool, Taken | None], object]
 
 NAN, INF = float("nan"), float("inf")
 
@@ -57,9 +59,35 @@ def check_beginning(begin: Begin, device: str) -> None:
         flags = torch.full((5008,), 7, dtype=torch.uint8, device=device)
         wanted = ints.cpu().clone()
         before = wanted.clone()
-        begin(message, ints, 11, raised, flags, anew)
+        begin(message, ints, 11, raised, flags, anew, None)
         for lane, news in enumerate(message[5, :11].tolist()):
             wanted[1:, lane] = message[1:5, lane] if news else before[1:, lane]
             wanted[0, lane] = message[0, lane] if news == 2 else before[0, lane]
         assert torch.equal(ints.cpu(), wanted)
         assert torch.equal(flags.cpu(), raised if anew else torch.full_like(raised, 7))
+
+
+def check_taking(begin: Begin, device: str) -> None:
+    """A value that a step begins with: its place becomes it, so does a copy, and it is said whether it differs."""
+    pinned = device == "cuda"
+    message = torch.zeros(6, 16, dtype=torch.int64, pin_memory=pinned)
+    raised = torch.ones(5008, dtype=torch.uint8, pin_memory=pinned)
+    ints = torch.arange(5 * 16, device=device).view(5, 16)
+    for dtype, size in ((torch.bfloat16, 8), (torch.float32, 4), (torch.bfloat16, 3000), (torch.float32, 5000)):
+        for anew in (False, True):
+            for change in (None, 0, size - 1):
+                flags = torch.zeros(5008, dtype=torch.uint8, device=device)
+                taps = torch.randn(3, size, generator=torch.Generator().manual_seed(size)).to(device, dtype)
+                before, value, own = taps.cpu().clone(), taps[1].clone(), torch.empty(size, dtype=dtype, device=device)
+                if change is not None:
+                    value[change] = float("nan")
+                differs = torch.zeros(1, dtype=torch.int32, pin_memory=pinned)
+                begin(message, ints, 11, raised, flags, anew, (value, taps[1], own, differs))
+                if pinned:
+                    torch.cuda.synchronize()
+                assert differs.item() == (change is not None)
+                for found, wanted in ((taps[1], value), (own, value), (taps[::2].cpu(), before[::2])):
+                    same = found.contiguous().view(torch.uint8) == wanted.contiguous().view(torch.uint8)
+                    assert same.all()
+                assert flags.cpu().eq(int(anew)).all()
+    assert torch.equal(ints.cpu(), torch.arange(5 * 16).view(5, 16))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from djinn_fx.kernels.triton_advance import advance, begin
-from tests.kernels.advance_cases import check, check_beginning
+from tests.kernels.advance_cases import check, check_beginning, check_taking
 
 
 @pytest.mark.parametrize("vocab", [2, 50, 2048, 5003])
@@ -18,4 +18,8 @@ def test_steps(vocab: int, dtype: torch.dtype) -> None:
 
 
 def test_beginning() -> None:
-    check_beginning(partial(begin, kernel=None), "cpu")
+    check_beginning(partial(begin, kernels={}), "cpu")
+
+
+def test_taking() -> None:
+    check_taking(partial(begin, kernels={}), "cpu")

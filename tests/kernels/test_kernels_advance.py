@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from djinn_fx.kernels.advance import Beginning, advance
-from tests.kernels.advance_cases import check, check_beginning
+from tests.kernels.advance_cases import check, check_beginning, check_taking
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -31,3 +31,12 @@ def test_beginning() -> None:
 @pytest.mark.gpu
 def test_beginning_on_a_gpu() -> None:
     check_beginning(Beginning(), "cuda")
+
+
+def test_taking() -> None:
+    check_taking(Beginning(), "cpu")
+
+
+@pytest.mark.gpu
+def test_taking_on_a_gpu() -> None:
+    check_taking(Beginning(), "cuda")

@@ -215,7 +215,7 @@ def test_a_launch_that_is_interrupted_leaves_values_to_others(pair: tuple[djinn.
             other = two.generate(prompt(7, 1), max_new_tokens=3, breakpoints=["resid_post.1"])
             next(run)
             next(other)
-            asked = mock.patch("djinn_fx.runtime.loop.first_changed", side_effect=KeyboardInterrupt)
+            asked = mock.patch("djinn_fx.runtime.remainder.first_changed", side_effect=KeyboardInterrupt)
             with asked, suppress(KeyboardInterrupt):
                 next(other)
             next(other)

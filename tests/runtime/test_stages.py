@@ -11,7 +11,7 @@ from torch import Tensor
 
 import djinn_fx as djinn
 from djinn_fx.runtime.bits import same_bits
-from djinn_fx.runtime.lanes import copy_all
+from djinn_fx.runtime.copies import copy_all
 from djinn_fx.runtime.stages import Stage
 from tests.bits import assert_same_bits
 from tests.runtime.tiny import NEW, another_dj, direction, generated, guarded, prompt
