@@ -73,10 +73,16 @@ def go_on(engine: Engine, run: Run) -> bool:
         value = stop.checked_value()
         if not aligned(value):
             return False
-        flight.values, question = None, engine.doubts.question()  # nobody needs what the step had left
-        run_on = loop.go(poised, value, question)
-        flight.step, flight.doubt = poised.edited, (stop.site, engine.doubts.about(poised.own, question))
-        run.stand_at(None)
+        question = engine.doubts.question()
+        try:
+            flight.values = None  # nobody needs what the step had left
+            run_on = loop.go(poised, value, question)
+            flight.step, flight.doubt = poised.edited, (stop.site, engine.doubts.about(poised.own, question))
+            run.stand_at(None)
+        except BaseException:
+            flight.replace(stop.place, Doubt(value.clone(), True))  # it cannot be compared any more: it is an edit
+            run.stand_at(None)
+            raise
         flight.values = run_on().serves(BatchRow(session.row, poised.edited, wants(run)))
         flight.answers = flight.drawn = None
     return True
@@ -122,10 +128,7 @@ def take_over(engine: Engine, run: Run, *, later: bool = False) -> None:
     stop, flight = run.stop, run.flight
     if stop is None or flight is None:
         return
-    if flight.chunk is None and flight.values is None:
-        value = stop.checked_value().clone()  # what the step had left is gone since somebody wrote another value
-        flight.replace(stop.place, Doubt(value, True))
-    elif not stop.untouched:
+    if not stop.untouched:
         doubt = engine.doubts.raised(stop.checked_value(), flight.value(stop.place))
         # To ask waits for the device: for others' step, if one was launched ahead.
         if (later and stop.written and doubt.known is None) or doubt.holds():
