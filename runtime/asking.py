@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 def ask(engine: Engine, groups: Sequence[Sequence[Run]]) -> None:
     """Ask the predicates of decode steps that were just launched; the caller holds no lock."""
-    if engine.executor.loop is None:
+    if engine.loop is None:
         return
     watching = [run for group in groups for run in group if run.breakpoints and not run.silent and run.target is None]
     if not watching:

@@ -26,7 +26,7 @@ DEPTH = 3
 
 def fits(engine: Engine, runs: Sequence[Run]) -> bool:
     """Whether these runs may cruise together; the caller holds the lock."""
-    loop = engine.executor.loop
+    loop = engine.loop
     if loop is None or not runs or len(runs) > engine.options.max_bucket:
         return False
     return all(riders.quiet(run) and planner.left(run, engine.options) > 1 for run in runs)
@@ -34,7 +34,7 @@ def fits(engine: Engine, runs: Sequence[Run]) -> bool:
 
 def cruise(engine: Engine, runs: Sequence[Run]) -> None:
     """Decode until the first run ends, or something else happens to one of them."""
-    loop = engine.executor.loop
+    loop = engine.loop
     assert loop is not None
     shape = planner.decode_shape(len(runs), engine.options)
     with engine.lock:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -43,7 +42,7 @@ def iterate(engine: Engine, runs: Sequence[Run]) -> list[Stop]:
         InvalidPredicate: a predicate failed; its run stays where it was.
         InvalidValue: a stop's value was given another shape or dtype through ``.data``; every run stays where it was.
     """
-    with _driving(engine, runs), outside_inference():
+    with _Driving(engine, runs), outside_inference():
         again = [list(runs)] if len(runs) == 1 and go_on(engine, runs[0]) else _come_and_leave(engine, runs)
         asking.ask(engine, again)
         for run in runs:
@@ -107,21 +106,30 @@ def _come(engine: Engine, runs: Sequence[Run]) -> None:
     engine.tiers.bring_back(*(run.session for run in runs))
 
 
-@contextmanager
-def _driving(engine: Engine, runs: Sequence[Run]) -> Iterator[None]:
-    me, mine = threading.get_ident(), False
-    try:
-        with engine.lock:
-            for run in runs:
-                if run.driver is not None or run.owner is not None:
-                    run.require_still()
-            mine = True  # from here on an interrupt must not leave them driven for ever
-            for run in runs:
-                run.driver = me
-        yield
-    finally:
+class _Driving:
+    """A context in which this thread drives some runs; a class for the same reason as :class:`claimed`."""
+
+    def __init__(self, engine: Engine, runs: Sequence[Run]) -> None:
+        self._engine, self._runs = engine, runs
+
+    def __enter__(self) -> None:
+        runs, me, mine = self._runs, threading.get_ident(), False
+        try:
+            with self._engine.lock:
+                for run in runs:
+                    if run.driver is not None or run.owner is not None:
+                        run.require_still()
+                mine = True  # from here on an interrupt must not leave them driven for ever
+                for run in runs:
+                    run.driver = me
+        except BaseException:
+            if mine:
+                self.__exit__()
+            raise
+
+    def __exit__(self, *failure: object) -> None:
         now = time.monotonic()
-        for run in runs if mine else ():
+        for run in self._runs:
             run.driver, run.session.paused_at = None, now
 
 
@@ -179,7 +187,7 @@ def _decodes(run: Run) -> bool:
 
 def _look_ahead(engine: Engine, others: Sequence[Run], groups: Sequence[Sequence[Run]], riding: Riders) -> None:
     """Launch the next decode step before this one's tokens are known, where it is known what it will be."""
-    loop = engine.executor.loop
+    loop = engine.loop
     if loop is None or len(groups) > 1 or not (groups or riding.runs):
         return
     group = groups[0] if groups else []
@@ -283,13 +291,13 @@ def _commit(engine: Engine, run: Run, flight: Flight) -> int | None:
     with engine.lock:
         session, options = run.session, run.options
         ends = flight.step.stop == len(session.token_list)
+        record = _recorded(engine, run, flight, ends=ends)
+        last = flight.logits()[-1].clone() if options.kind == "forward" else None
         known = None
-        if ends and options.kind == "generate":
+        if ends and options.kind == "generate":  # waits for the device, so all else comes first
             known = flight.drawn if options.sampling.do_sample else flight.token
             if known is None:
                 known = _drawn(run, flight.logits()[-1:], flight.step.stop)
-        record = _recorded(engine, run, flight, ends=ends)
-        last = flight.logits()[-1].clone() if options.kind == "forward" else None
         session.journal.append(flight.step)
         session.length = flight.step.stop
         run.flight, session.last_logits = None, last

@@ -103,8 +103,13 @@ class Engine:
     @property
     def executor(self) -> Executor:
         """An executor for the sites compiled now."""
-        rank, loop = self.options.edit_rank, self.loop_for(self.sites)
-        return Executor(self.programs, self.arena, self.sites, self.dtype, self.device, rank, loop, self._stages)
+        rank = self.options.edit_rank
+        return Executor(self.programs, self.arena, self.sites, self.dtype, self.device, rank, self.loop, self._stages)
+
+    @property
+    def loop(self) -> DecodeLoop | None:
+        """The decode loop for the sites compiled now; None for eager steps."""
+        return self.loop_for(self.sites)
 
     def _current_loop(self) -> DecodeLoop:
         """The decode loop of the sites compiled now."""

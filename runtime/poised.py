@@ -94,4 +94,4 @@ def poised(
 
 def aligned(tensor: torch.Tensor) -> bool:
     """Whether a tensor can be taken over in a message."""
-    return tensor.is_contiguous() and not (tensor.data_ptr() % ALIGNMENT or tensor.nbytes % ALIGNMENT)
+    return not (tensor.data_ptr() % ALIGNMENT or tensor.nbytes % ALIGNMENT) and tensor.is_contiguous()

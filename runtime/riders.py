@@ -70,7 +70,7 @@ def board(engine: Engine, waiting: Sequence[Run]) -> Riders:
         engine: the engine.
         waiting: all runs that decode now.
     """
-    loop = engine.executor.loop
+    loop = engine.loop
     launch = None if loop is None else loop.launched
     if loop is None or launch is None or not _suits(launch.shape, waiting, engine):
         return Riders()

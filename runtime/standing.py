@@ -47,7 +47,7 @@ def deliver(engine: Engine, run: Run, site: Site, fired: Sequence[int], *, alone
 
 def _poise(engine: Engine, run: Run, flight: Flight, site: Site) -> Poised | None:
     """Make the step in the air ready to run again with another value of a site, where it is a decode step."""
-    loop, values = engine.executor.loop, flight.values
+    loop, values = engine.loop, flight.values
     if loop is None or not isinstance(values, LaunchValues):
         return None
     return loop.poise(BatchRow(run.session.row, flight.step), values.launch, site)
@@ -65,7 +65,7 @@ def go_on(engine: Engine, run: Run) -> bool:
     """
     with engine.lock:
         stop, flight, session = run.stop, run.flight, run.session
-        poised, loop = None if stop is None else stop.poised, engine.executor.loop
+        poised, loop = None if stop is None else stop.poised, engine.loop
         if stop is None or flight is None or poised is None or loop is None or not stop.written:
             return False
         if not loop.fits(poised) or not _undisturbed(engine, run, flight, poised):
