@@ -70,8 +70,7 @@ class Chunk:
         if self.stage is None:
             return
         self.save()
-        rest = {name: tensor for name, tensor in self.env.items() if name in self.stage.shared}
-        self.env, self.stage, self._saved = rest | (self._saved or {}), None, None
+        self.env, self.stage, self._saved = {**self.stage.shared, **(self._saved or {})}, None, None
 
     @without_grad
     def save(self) -> None:
@@ -105,7 +104,7 @@ class Stage:
 
     Attributes:
         program: the program.
-        shared: names of the inputs that are the same for all: the arenas.
+        shared: the inputs that are the same for all: the arenas.
         env: the buffers.
 
     Args:
@@ -122,7 +121,7 @@ class Stage:
         self._ints = ints.to(recorder.device)
         self._neutral, self._written = {spec.name: spec.neutral for spec in specs}, set[str]()
         inputs = int_views(self._ints, program.shape) | neutral_tables(specs, recorder.device)
-        self.program, self.shared = program, frozenset(shared)
+        self.program, self.shared = program, dict(shared)
         self.env: Env = {**inputs, **shared}
         self._steps = recorder.record(replace(program, feed=None), self.env)  # what is computed now nobody reads
         self._made = frozenset(name for segment in program.segments for name in segment.outputs)
