@@ -97,9 +97,25 @@ def _breakpoints(record: Record) -> list[Table]:
     found = [Table("Breakpoints, trial by trial", heads, rows, note)]
     resumes = part["resume_decode"]
     why = missing(resumes)
-    body = [[name, why or _range(resumes[name])] for name in ("step", "untouched", "edited")]
-    text = "From advancing a stopped run to its token being committed; an edited one runs its step again."
+    kinds = _by_kind(resumes) if why is None else [("a step, untouched, edited", resumes)]
+    body = [[name, why or _range(times)] for name, times in kinds]
+    text = "From advancing a stopped run to its token being committed; an edited one runs its step again from there on."
+    if "edited_first" in resumes:
+        text += " The first edits at a layer run all of it, until a graph of the rest is made."
     return [*found, Table("Resuming while decoding", ["what", "median (min-max)"], body, text)]
+
+
+def _by_kind(resumes: Json) -> list[tuple[str, Json]]:
+    """What was timed, and its times."""
+    kinds = {"step": "a step", "untouched": "untouched", "edited": "edited", "edited_first": "edited, the first times"}
+    found = []
+    for key, name in kinds.items():
+        part = resumes.get(key, {})
+        if "median" in part:
+            found.append((name, part))
+        else:
+            found += [(f"{name} at layer {layer}", times) for layer, times in part.items()]
+    return found
 
 
 def _checkpoints(record: Record) -> list[Table]:
