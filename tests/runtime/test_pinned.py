@@ -15,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 import djinn_fx as djinn
 from djinn_fx.runtime import pinned
 from djinn_fx.runtime.pinned import ALIGNMENT, SLACK, Block, HostPool
+from djinn_fx.runtime.slab import Slab
 
 SLAB, LIMIT = 8192, 40000
 
@@ -180,7 +181,7 @@ def test_pinned_slabs() -> None:
     assert large.tensor.is_pinned() and pool.capacity == (64 << 20) + (100 << 20) * 9 // 8
 
 
-class Slow(pinned._Slab):
+class Slow(Slab):
     """A slab that is long in the making, or cannot be made."""
 
     may, made = threading.Event(), 0
@@ -197,7 +198,7 @@ class Slow(pinned._Slab):
 
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> type[Slow]:
-    monkeypatch.setattr(pinned, "_Slab", Slow)
+    monkeypatch.setattr(pinned, "Slab", Slow)
     Slow.may, Slow.failing, Slow.made = threading.Event(), None, 0
     return Slow
 
