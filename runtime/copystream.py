@@ -8,7 +8,8 @@ import torch
 class Current:
     """A copy stream is the current one inside; if something fails there, wait until nothing of it is under way.
 
-    By hand: ``torch.cuda.stream(...)`` costs the host three times as much, a generator twice.
+    By hand: ``torch.cuda.stream(...)`` costs the host three times as much, a generator twice. One at a time, as the
+    engine's lock has it.
 
     Args:
         stream: the copy stream.
@@ -19,9 +20,10 @@ class Current:
 
     def __init__(self, stream: torch.cuda.Stream, before: torch.cuda.Stream) -> None:
         self._stream, self._before = stream, before
-        self._device = torch.cuda.current_device()
+        self._device: int = stream.device_index
 
     def __enter__(self) -> None:
+        self._device = torch._C._cuda_getDevice()
         torch.cuda.set_stream(self._stream)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

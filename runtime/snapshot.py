@@ -186,8 +186,12 @@ def snapshot(session: Session, *, between: bool = False) -> tuple[Snapshot, torc
     lent = stop.lend()
     if lent is not None:
         return Snapshot(made, ran, flown, Frame(stop.site, stop.fired, False)), lent
-    with outside_inference():
-        values = torch.stack((stop.checked_value(), flight.value(stop.place)))
+    pair = stop.checked_value(), flight.value(stop.place)
+    if torch.is_inference_mode_enabled():
+        with outside_inference():
+            values = torch.stack(pair)
+    else:
+        values = torch.stack(pair)
     return Snapshot(made, ran, flown, Frame(stop.site, stop.fired, True)), values
 
 
@@ -198,7 +202,7 @@ def _run_state(run: Run) -> Callable[[FlightState | None], RunState]:
         (run.begin, run.prompt_start, run.prompt_end),
         run.first_step,
         tuple([ArmedBreakpoint(_own(point.spec), point.sites, point.left) for point in run.breakpoints]),
-        tuple([site.name for site in run.capture]),
+        tuple([site.name for site in run.capture]) if run.capture else (),
         tuple(run.records),
         run.finished,
         run.finish_reason,
@@ -209,6 +213,8 @@ def _run_state(run: Run) -> Callable[[FlightState | None], RunState]:
 def _own(spec: Breakpoint) -> Breakpoint:
     """A breakpoint whose predicate, if it is one of ours, has tensors of its own: the user may change his."""
     when = spec.when
+    if when is None:
+        return spec
     if isinstance(when, Probe):
         return replace(spec, when=replace(when, w=when.w.clone()))
     if isinstance(when, CosineAbove):

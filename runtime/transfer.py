@@ -137,8 +137,9 @@ class Transfer:
         self._stream: torch.cuda.Stream | None = None
         self._other: torch.cuda.Stream | None = None  # the second, for what is longer than the staging buffer
         self._cuda = arena.device.type == "cuda"
-        self._compute: torch.cuda.Stream  # the engine's stream; made with the copy stream, like the next
+        self._compute: torch.cuda.Stream  # the engine's stream; made with the copy stream, like the next two
         self._begun: torch.cuda.Event  # how far the compute stream had come
+        self._aside: Current  # the copy stream in its place
         # Device tensors that are being sent; kept until they are through.
         self._flying: deque[tuple[torch.cuda.Event, torch.Tensor]] = deque()
 
@@ -169,7 +170,8 @@ class Transfer:
         packer = self._arena.packer
         size = 0 if row is None else length * packer.width
         start = -(-size // _GAP) * _GAP
-        whole = start + extra.nbytes if self._cuda and extra is not None else size
+        more = 0 if extra is None else extra.nbytes
+        whole = start + more if self._cuda and extra is not None else size
         block = (ordinary(whole) if beyond else self._pool).take(whole)
         parked = None if row is None else Parked(block, packer.layout, length, size)
         if not self._cuda:
@@ -177,13 +179,13 @@ class Transfer:
                 for piece in packer.pieces(length, size):
                     packer.pack(row, piece, block.tensor)
             return Sent(parked, kept=extra)
-        stream, compute, staging = self._ready()
-        with Current(stream, compute):
+        stream, staging = self._ready()
+        with self._aside:
             along = False
             if row is not None and size:
                 along = self._pack(row, length, block.tensor, staging, stream, extra, start)
             if extra is not None and not along:
-                part(block.tensor, start, extra.nbytes).copy_(extra.view(-1).view(torch.uint8), non_blocking=True)
+                part(block.tensor, start, more).copy_(extra.view(-1).view(torch.uint8), non_blocking=True)
             arrived = mark(stream)
             block.busy_until(arrived)
             if extra is not None:
@@ -199,7 +201,7 @@ class Transfer:
         if self._stream is None:
             self._arena.packer.clear(row)
             return
-        with Current(self._stream, self._compute):
+        with self._aside:
             self._arena.packer.clear(row)
             self._arena.moving(row, mark(self._stream))
 
@@ -215,10 +217,10 @@ class Transfer:
             for piece in packer.pieces(parked.length, parked.nbytes):
                 packer.unpack(memory, row, piece)
             return
-        stream, compute, staging = self._ready()
+        stream, staging = self._ready()
         if parked.block.busy is not None:
             stream.wait_event(parked.block.busy)  # another model's stream may have sent it, or be reading it too
-        with Current(stream, compute):
+        with self._aside:
             for piece in packer.pieces(parked.length, staging.numel()):
                 there = memory[piece.offset : piece.offset + piece.nbytes]
                 staging[: piece.nbytes].copy_(there, non_blocking=True)
@@ -312,19 +314,20 @@ class Transfer:
                 through = mark(self._other)
         stream.wait_event(through)
 
-    def _ready(self) -> tuple[torch.cuda.Stream, torch.cuda.Stream, torch.Tensor]:
-        """The copy stream, behind all that the compute stream was given so far; that stream; the staging buffer."""
+    def _ready(self) -> tuple[torch.cuda.Stream, torch.Tensor]:
+        """The copy stream, behind all that the compute stream was given so far; the staging buffer."""
         while self._flying and self._flying[0][0].query():
             self._flying.popleft()
         device = self._arena.device
         if self._stream is None:
             self._stream, self._begun = torch.cuda.Stream(device), torch.cuda.Event()
             self._compute = torch.cuda.default_stream(device)  # whoever holds the engine's lock is on it
+            self._aside = Current(self._stream, self._compute)
         if self._staging is None:
             self._staging = self._make_staging(self._stream)
         self._begun.record(self._compute)
         self._begun.wait(self._stream)
-        return self._stream, self._compute, self._staging
+        return self._stream, self._staging
 
     def _make_staging(self, stream: torch.cuda.Stream) -> torch.Tensor:
         packer = self._arena.packer

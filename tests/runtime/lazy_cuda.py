@@ -1,4 +1,4 @@
-"""Streams and events that do nothing until somebody waits, and then in any order that they allow: races without a GPU."""
+"""Streams that do nothing until somebody waits, and then in any order that they allow: races without a GPU."""
 
 from __future__ import annotations
 
@@ -98,10 +98,10 @@ class LazyCuda:
             "current_stream": lambda device: self.current,
             "set_stream": lambda stream: setattr(self, "current", stream),
             "stream": self.stream,
-            "current_device": lambda: 0,
             "synchronize": lambda device=None: self.drain(),
         }.items():
             patch.setattr(torch.cuda, name, made)
+        patch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
         patch.setattr(torch.Tensor, "copy_", copied)
         patch.setattr(Rows, "pack", packed)
         patch.setattr(Rows, "unpack", lambda rows, *given: self.current.do(lambda: unpack(rows, *given)))

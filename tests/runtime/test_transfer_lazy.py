@@ -96,7 +96,7 @@ def test_a_row_that_is_left_is_zeroed_behind_its_packing_and_comes_back(
 
 
 def test_one_launch_and_one_copy_with_the_value_behind_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    arena, transfer, cuda = setup(0, 1 << 20, monkeypatch)
+    _, transfer, cuda = setup(0, 1 << 20, monkeypatch)
     transfer.send(1, 5, torch.randn(4, 3))
     cuda.drain()
     sent = transfer.send(1, 5, torch.randn(4, 3))
