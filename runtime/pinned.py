@@ -241,15 +241,18 @@ class HostPool:
 
     def _waiting(self) -> list[Lease]:
         """What was dropped and is still touched; one by one, since a deque that grows cannot be iterated over."""
-        return [self._dropped[index].lease for index in range(len(self._dropped))]
+        dropped = [self._dropped[index].lease for index in range(len(self._dropped))]
+        return [lease for lease in dropped if lease is not None]
 
     def _reap(self) -> None:
         """Make free what was dropped and is no longer touched; the caller holds the lock."""
         for _ in range(len(self._dropped)):
             watch = self._dropped.popleft()
             lease = watch.lease
+            if lease is None:
+                continue
             if lease.over():
-                del lease.slab.held[lease.offset]
+                lease.slab.held.pop(lease.offset, None)
                 lease.slab.give(lease.offset, lease.size)
             else:
                 self._dropped.append(watch)

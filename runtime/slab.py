@@ -37,10 +37,13 @@ class Lease:
 
 
 class Watch(weakref.ref[np.ndarray]):
-    """Tells when nobody refers to the memory of a lease any more. ``weakref.finalize`` takes five times as long."""
+    """Tells when nobody refers to the memory of a lease any more. ``weakref.finalize`` takes five times as long.
 
-    __slots__ = ("lease",)
-    lease: Lease
+    Attributes:
+        lease: of the memory; None only where an interrupt came between, and the lease is lost.
+    """
+
+    lease: Lease | None = None
 
 
 class Slab:
