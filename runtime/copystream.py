@@ -28,9 +28,8 @@ class Current:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
-            torch.cuda.synchronize(
-                self._stream.device_index
-            )  # nothing may write into memory that somebody else has then
+            # Nothing may write into memory that is then given to somebody else.
+            torch.cuda.synchronize(self._stream.device_index)
         torch.cuda.set_stream(self._before)
         if self._device != self._stream.device_index:
             torch.cuda.set_device(self._device)

@@ -112,8 +112,11 @@ class Stop(Shown):
         """The activation after steering, ``[tokens, *feature_shape]``, on the model's device."""
         with self._lending:
             if self._lent:
+                lent = self._value
                 with memory_for("a stop's value", "The run can go on"), outside_inference():
-                    mine = self._value.clone()
+                    mine = lent.clone()
+                if lent.is_cuda:  # its memory waits for this copy, on whatever stream it is made
+                    lent.record_stream(torch.cuda.current_stream(lent.device))
                 self._value, self._given, self._lent = mine, (mine, mine._version), False
             self._seen = True
             return self._value

@@ -75,10 +75,10 @@ def check_along(rows: Rows, pieces: list[Piece], packed: Tensor) -> None:
         ((5, 7), torch.bfloat16),
         ((1,), torch.uint8),
         ((3, 64), torch.float32),
-        ((9 * triton_rows.TILE // 8 + 3,), torch.float64),
+        ((3 * triton_rows.TILE // 8 + 3,), torch.float64),
         ((0, 4), torch.float32),
     ]
-    for piece in {pieces[0], pieces[-1]} if pieces else set[Piece]():
+    for piece in pieces[-1:]:
         for shape, dtype in along:
             bits = torch.randint(256, (*shape, dtype.itemsize), dtype=torch.uint8)
             extra = bits.view(dtype).squeeze(-1).to(rows.arenas[0].device)
