@@ -47,6 +47,16 @@ class Stream:
             self.cuda.some_work()
 
 
+class Prompt(Stream):
+    """Does everything at once, and lets the others work until it may."""
+
+    def do(self, work: Callable[[], object]) -> None:
+        work()
+
+    def wait_event(self, event: Event) -> None:
+        event.synchronize()
+
+
 class Event:
     """Passes when its stream comes to where it was recorded last."""
 
@@ -70,13 +80,23 @@ class Event:
 
 
 class LazyCuda:
-    """Stands in for ``torch.cuda`` under one transfer; packing and asynchronous copies wait in the queues."""
+    """Stands in for ``torch.cuda`` under one transfer; packing and asynchronous copies wait in the queues.
 
-    def __init__(self, seed: int, transfer: Transfer, patch: pytest.MonkeyPatch) -> None:
+    Args:
+        seed: of the order in which streams work.
+        transfer: on a CPU, under this from now on.
+        patch: takes it all back.
+        prompt: whether the compute stream does its work at once, as a model on a CPU does.
+    """
+
+    def __init__(self, seed: int, transfer: Transfer, patch: pytest.MonkeyPatch, *, prompt: bool = False) -> None:
         self.chance, self.streams = random.Random(seed), list[Stream]()
-        self.compute = self.current = Stream(self)
+        self.compute: Stream = Prompt(self) if prompt else Stream(self)
+        self.current = self.compute
         self.eager = list[Stream]()
-        transfer._cuda = True
+        patch.setattr(transfer, "_cuda", True)
+        patch.setattr(transfer, "_stream", None)
+        patch.setattr(transfer, "_other", None)
         copy, pack, unpack, clear = torch.Tensor.copy_, Rows.pack, Rows.unpack, Rows.clear
 
         def copied(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
 
+import djinn_fx as djinn
 from djinn_fx.program import KVSpec
 from djinn_fx.runtime import transfer as transfers
 from djinn_fx.runtime.arena import KVArena
+from djinn_fx.runtime.checkpoint import Checkpoint
 from djinn_fx.runtime.pinned import HostPool
+from djinn_fx.runtime.stop import Stop
 from djinn_fx.runtime.transfer import Sent, Transfer
 from tests.bits import assert_same_bits
+from tests.runtime.checkpoint_cases import Passed, assert_same, close_all, edit, finish, run_of, shared, start
 from tests.runtime.lazy_cuda import LazyCuda
 
 POSITIONS = 24
@@ -139,3 +145,58 @@ def test_what_fails_on_the_way_leaves_nothing_under_way(monkeypatch: pytest.Monk
     assert cuda.current is cuda.compute and not any(stream.queue for stream in cuda.streams)
     wanted = row_of(arena, 1, POSITIONS)
     assert_sent(transfer.send(1, POSITIONS), wanted, None)
+
+
+def taken_on_the_way(dj: djinn.Dj, seed: int) -> list[Passed]:
+    """Two runs between which other things happen, and what comes of each checkpoint that was taken on the way."""
+    chance, taken = random.Random(seed), list[Checkpoint]()
+
+    def checkpoint(stop: Stop) -> None:
+        taken.extend(stop.checkpoint() for _ in range(chance.choice([1, 3])))
+
+    def look(stop: Stop) -> None:
+        assert stop.value is not None
+
+    def assign(stop: Stop) -> None:
+        stop.value = stop.content * 2
+
+    def offload(stop: Stop) -> None:
+        stop.session.offload()
+
+    def fork(stop: Stop) -> None:
+        (twin,) = stop.fork()
+        twin.value.zero_()
+        taken.append(twin.checkpoint())
+        twin.session.close()
+
+    acts: list[Callable[[Stop], None]] = [checkpoint, checkpoint, checkpoint, look, edit, assign, offload, fork]
+    for _ in range(2):
+        with dj.session(seed=5) as session:
+            for stop in start(session, ["embed", "resid_post.1", "logits"]):
+                for act in chance.choices(acts, k=3):
+                    act(stop)
+            taken.append(session.checkpoint())
+    found = []
+    for one in chance.sample(taken, 6):
+        with dj.restore(one) as session:
+            found.append(finish(run_of(session)))
+    return found
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-bf16"])
+@pytest.mark.parametrize("seed", range(4))
+def test_checkpoints_whose_copies_come_late_hold_what_they_would_at_once(
+    name: str, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dj = shared(name)
+    expected = taken_on_the_way(dj, seed)
+    with monkeypatch.context() as patch:
+        patch.setattr(dj.engine.transfer, "_staging", torch.empty((1 << 20, 2048)[seed % 2], dtype=torch.uint8))
+        cuda = LazyCuda(seed, dj.engine.transfer, patch, prompt=True)
+        found = taken_on_the_way(dj, seed)
+        cuda.drain()
+        close_all(dj)
+    for kept in (dj.engine.arena._read, dj.engine.arena._moving, dj.engine.transfer._flying):
+        kept.clear()  # events of the stand-in, all passed
+    for one, other in zip(found, expected, strict=True):
+        assert_same(one, other)
