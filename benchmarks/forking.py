@@ -69,19 +69,20 @@ def bare_calls(context: Context, value: torch.Tensor, kv: int) -> list[float]:
         value: the stop's.
         kv: bytes of the session's KV.
     """
-    side, begun = torch.cuda.Stream(value.device), torch.cuda.Event()
+    side, begun, before = torch.cuda.Stream(value.device), torch.cuda.Event(), torch.cuda.current_stream(value.device)
     source = torch.empty(kv + value.nbytes, dtype=torch.uint8, device=value.device)
     host, staging = torch.empty_like(source, device="cpu").pin_memory(), torch.empty_like(source)
 
     def calls() -> None:
-        begun.record()
-        side.wait_event(begun)
-        with torch.cuda.stream(side):
-            if kv:
-                staging.copy_(source)
-                torch.cuda.Event().record()
-            host.copy_(staging, non_blocking=True)
-            torch.cuda.Event().record()
+        begun.record(before)
+        begun.wait(side)
+        torch.cuda.set_stream(side)
+        if kv:
+            staging.copy_(source)
+            torch.cuda.Event().record(side)
+        host.copy_(staging, non_blocking=True)
+        torch.cuda.Event().record(side)
+        torch.cuda.set_stream(before)
 
     return [1e3 * clock.dispatch_seconds(value.device, calls) for _ in range(context.size(30, 3) + 2)][2:]
 
