@@ -2,10 +2,11 @@
 
     python -m benchmarks.checkpoint --out DIR [--quick]
 
-The tensors are those of a session: keys and values of every layer, prefixes of longer rows, hence strided. On CUDA the
+The tensors are those of a session: keys and values of every layer, prefixes of longer rows, hence strided. One way is
+what checkpoints do with a row; the others know nothing of rows, the general packing kernel among them. On CUDA the
 copies go on a stream of their own into pinned memory; while a decode runs, one is begun after every fourth token, and
-both sides are timed. Beside them: the packing kernel against a copy on the device, checkpoints of sessions between runs
-and at a stop, forks, and one activation on its way back.
+both sides are timed. Beside them: the general packing kernel against a copy on the device, checkpoints of sessions
+between runs and at a stop, forks, and one activation on its way back.
 """
 
 from __future__ import annotations
@@ -27,9 +28,6 @@ from djinn_fx.kernels import pack as packing
 
 #: A copy is begun after every so many tokens.
 EVERY = 4
-
-#: Lengths of sessions on CUDA: each ends in a chunk that is padded to the largest size, so that one program serves all.
-LENGTHS = (288, 512, 800, 1008)
 
 
 def run(context: Context) -> dict[str, Json]:
@@ -108,7 +106,7 @@ def _times(copying: Copying, way: Way, repeats: int) -> tuple[list[float], list[
 
 def _sessions(context: Context, loaded: Loaded, dj: Any, room: int) -> list[dict[str, Json]]:
     """``session.checkpoint()`` by length."""
-    lengths = [n for n in (LENGTHS if context.device.type == "cuda" else (16, 64)) if n + 2 < room]
+    lengths = [n for n in (forking.LENGTHS if context.device.type == "cuda" else (16, 64)) if n + 2 < room]
     prompt = loaded.prompts(1, max(lengths), context.options.seed)[0].tolist()
     found = []
     for length in lengths:

@@ -46,7 +46,7 @@ def _packed(part: Json, heads: list[str]) -> list[Table]:
         return []
     rows = [[what, *(figure(cell[key]) for cell in cells)] for key, what in (("pack", "pack"), ("copy", "copy"))]
     rows.append(["share of the copy's bandwidth", *(f"{100 * cell['share_of_copy']:.0f} %" for cell in cells)])
-    note = "Device time of the packing kernel, and of a copy of as many contiguous bytes on the device; ms, medians."
+    note = "Device time of the general packing kernel, and of a copy of as many contiguous bytes there; ms, medians."
     return [Table("Packing on the device", ["what", *heads[1:]], rows, note)]
 
 
@@ -65,7 +65,7 @@ def _sessions(part: Json) -> list[Table]:
 def _at_stop(part: Json) -> list[Table]:
     row = [str(part["tokens"]), str(part["layer"]), mebibytes(part["bytes"])]
     note = f"The session stands in its prompt; of the bytes, one activation is {mebibytes(part['activation_bytes'])}."
-    note += " Its driver calls alone: a copy of the value, a packing launch, two copies and the events between them."
+    note += " Its driver calls alone: the copies to the host, a packing launch if there is KV, and the events between."
     heads = ["tokens", "layer", "bytes", "call returns, ms", "its driver calls alone, ms", "safe, ms"]
     cells = [figure(part["dispatch"]), figure(part.get("driver_calls", {"absent": "no GPU"})), figure(part["whole"])]
     return [Table("Checkpoint at a stop", heads, [[*row, *cells]], note)]

@@ -12,9 +12,57 @@ import torch
 
 from djinn_fx.benchmarks.models import Loaded
 from djinn_fx.kernels import pack as packing
+from djinn_fx.program import KVSpec
+from djinn_fx.runtime.arena import KVArena
+from djinn_fx.runtime.pinned import HostPool
+from djinn_fx.runtime.transfer import Sent, Transfer
 
 #: Positions of a row beyond the prefix that is copied: what makes the tensors strided.
 SLACK = 9
+
+
+class Row:
+    """A row of a KV arena, sent as checkpoints send theirs, into a pool of host memory as theirs.
+
+    Args:
+        loaded: the model whose keys and values it has.
+        length: positions that are sent; the row has a few more.
+    """
+
+    def __init__(self, loaded: Loaded, length: int) -> None:
+        heads, width = loaded.kv_shape
+        dtype, device = next(loaded.model.parameters()).dtype, loaded.device
+        generator = torch.Generator(device).manual_seed(0)
+        self.length = length
+        self.arena = KVArena([KVSpec(heads, width, width)] * loaded.layers, 1, length + SLACK, dtype, device)
+        for tensor in self.arena.env.values():
+            tensor.normal_(generator=generator)
+        nbytes = length * self.arena.packer.width
+        self.transfer = Transfer(self.arena, HostPool(4 * nbytes + (256 << 20), pinned=device.type == "cuda"))
+        self.sent: Sent | None = None
+        for _ in range(3):  # memory is pinned, kernels are compiled; each is there before the last one goes
+            self.send()
+
+    def send(self) -> None:
+        """Begin to send it."""
+        self.sent = self.transfer.send(0, self.length)
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """What is sent: views, strided."""
+        return [tensor[0, :, : self.length] for tensor in self.arena.env.values()]
+
+    def arrived(self) -> bool:
+        """Whether what was sent last is on the host, bit for bit."""
+        if self.sent is None or self.sent.parked is None:
+            return False
+        return _equal(self.sent.parked.tensors(), self.tensors)
+
+    def spoil(self) -> None:
+        """Forget what was sent last, and make its bytes wrong."""
+        if self.sent is not None and self.sent.parked is not None:
+            self.sent.parked.block.tensor.fill_(0xA5)
+        self.sent = None
 
 
 @dataclass
@@ -29,6 +77,7 @@ class Copying:
         parts: the host's bytes as one tensor each.
         flat: one contiguous tensor of as many bytes, for comparison.
         stream: of the copies; None on the CPU.
+        row: whose tensors they are, if they are a row's.
         waiting: events of copies not yet read: their begin and end.
     """
 
@@ -39,6 +88,7 @@ class Copying:
     parts: list[torch.Tensor]
     flat: torch.Tensor
     stream: Any
+    row: Row | None = None
     waiting: list[tuple[Any, Any]] = field(default_factory=list)
 
     @staticmethod
@@ -46,13 +96,10 @@ class Copying:
         """Keys and values of every layer of a model, together about ``nbytes``."""
         heads, width = loaded.kv_shape
         dtype = next(loaded.model.parameters()).dtype
-        length = max(1, nbytes // (2 * loaded.layers * heads * width * dtype.itemsize))
-        generator = torch.Generator(loaded.device).manual_seed(0)
-        tensors = [
-            torch.empty(heads, length + SLACK, width, dtype=dtype, device=loaded.device).normal_(generator=generator)
-            for _ in range(2 * loaded.layers)
-        ]
-        return Copying.of([tensor[:, :length] for tensor in tensors])
+        row = Row(loaded, max(1, nbytes // (2 * loaded.layers * heads * width * dtype.itemsize)))
+        found = Copying.of(row.tensors)
+        found.row = row
+        return found
 
     @staticmethod
     def of(tensors: list[torch.Tensor]) -> Copying:
@@ -76,11 +123,13 @@ class Copying:
         """Make the host's bytes wrong."""
         self.finish()
         self.host.fill_(0xA5)
+        if self.row is not None:
+            self.row.spoil()
 
     def finish(self) -> None:
         """Wait until what was begun has arrived."""
         if self.stream is not None:
-            self.stream.synchronize()
+            torch.cuda.synchronize(self.device)
 
     def begin(self, way: Way, own: list[float]) -> None:
         """Begin a copy beside what the device does, and note how long it takes."""
@@ -94,6 +143,8 @@ class Copying:
         first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         first.record(self.stream)
         way.copy()
+        if way.own_stream and self.row is not None and self.row.sent is not None:
+            self.stream.wait_event(self.row.sent.arrived)
         last.record(self.stream)
         self.waiting.append((first, last))
 
@@ -113,12 +164,14 @@ class Way:
         copy: begins it, on the copies' stream.
         arrived: whether the host holds the right bytes, once it is finished.
         absent: why it cannot be done here.
+        own_stream: whether it goes on another stream than the copies'.
     """
 
     name: str
     copy: Callable[[], None]
     arrived: Callable[[], bool]
     absent: str | None = None
+    own_stream: bool = False
 
 
 def views(buffer: torch.Tensor, tensors: Sequence[torch.Tensor], offsets: Sequence[int]) -> list[torch.Tensor]:
@@ -155,12 +208,21 @@ def ways(copying: Copying) -> list[Way]:
 
     right = partial(_arrived, copying)
     return [
-        Way("pack and one copy (ours)", partial(on_stream, packed), right),
+        _ours(copying),
+        Way("pack any tensors, one copy", partial(on_stream, packed), right),
         Way("torch._foreach_copy_ and one copy", partial(on_stream, foreach), right),
         _direct(copying, on_stream, right),
         Way("one by one", partial(on_stream, one_by_one), right),
         Way("one contiguous copy", partial(on_stream, contiguous), lambda: bool(torch.equal(host, copying.flat.cpu()))),
     ]
+
+
+def _ours(copying: Copying) -> Way:
+    """What a checkpoint does with its session's KV."""
+    name, row = "a row as checkpoints send it (ours)", copying.row
+    if row is None:
+        return Way(name, lambda: None, lambda: False, "the tensors are no row of an arena")
+    return Way(name, row.send, row.arrived, own_stream=True)
 
 
 def _direct(copying: Copying, on_stream: Callable[[Callable[[], None]], None], right: Callable[[], bool]) -> Way:
@@ -209,7 +271,12 @@ def _on_stream(copying: Copying, work: Callable[[], None]) -> None:
 def _arrived(copying: Copying) -> bool:
     """Whether the host's parts equal the tensors, bit for bit."""
     copying.finish()
-    pairs = zip(copying.parts, copying.tensors, strict=True)
+    return _equal(copying.parts, copying.tensors)
+
+
+def _equal(found: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> bool:
+    """Whether tensors on the host equal others, bit for bit."""
     return all(
-        torch.equal(part.view(torch.uint8), tensor.cpu().contiguous().view(torch.uint8)) for part, tensor in pairs
+        torch.equal(part.contiguous().view(torch.uint8), tensor.cpu().contiguous().view(torch.uint8))
+        for part, tensor in zip(found, wanted, strict=True)
     )

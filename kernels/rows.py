@@ -13,6 +13,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,8 +25,7 @@ from djinn_fx.kernels.backend import uses_triton
 WORD = 16
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """A part of a packed row that is moved at a time.
 
     Attributes:
@@ -95,33 +95,47 @@ class Rows:
         """Bytes of one position of one row, over all arenas."""
         return self._before[-1]
 
-    def pieces(self, count: int, limit: int) -> list[Piece]:
-        """How ``count`` positions of a row are cut so that no piece is longer than ``limit`` bytes."""
-        found, first, runs = [], 0, len(self._before) - 1
-        while first < runs and count:
+    def pieces(self, count: int, limit: int, first: int | None = None) -> list[Piece]:
+        """How ``count`` positions of a row are cut so that no piece is longer than ``limit`` bytes.
+
+        Args:
+            count: how many positions.
+            limit: bytes; one position of one run may be longer.
+            first: the limit of the first piece, if it shall be shorter.
+        """
+        runs, limit_now = len(self._before) - 1, limit if first is None else first
+        if runs and 0 < count * self.width <= limit_now:
+            return [Piece(0, runs, 0, count, 0, count * self.width)]
+        found: list[Piece] = []
+        low = 0
+        while low < runs and count:
             # The last run whose end is near enough, at least one.
-            last = max(first + 1, bisect.bisect(self._before, self._before[first] + limit // count) - 1)
-            unit, offset = self._before[last] - self._before[first], self._before[first] * count
-            step = count if unit * count <= limit else max(1, limit // unit)
+            high = max(low + 1, bisect.bisect(self._before, self._before[low] + limit_now // count) - 1)
+            unit, offset = self._before[high] - self._before[low], self._before[low] * count
+            step = count if unit * count <= limit_now else max(1, limit_now // unit)
             for start in range(0, count, step):
                 stop = min(start + step, count)
-                found.append(Piece(first, last, start, stop, offset + start * unit, (stop - start) * unit))
-            first = last
+                found.append(Piece(low, high, start, stop, offset + start * unit, (stop - start) * unit))
+            low, limit_now = high, limit
         return found
 
-    def pack(self, row: int, piece: Piece, out: Tensor) -> None:
+    def pack(self, row: int, piece: Piece, out: Tensor, extra: Tensor | None = None, at: int = 0) -> None:
         """Write a piece of ``row`` to the beginning of ``out``; never waits for the device, which is the current one.
 
         Args:
             row: whose positions.
             piece: of :meth:`pieces`.
             out: uint8, one-dimensional, contiguous, on the arenas' device, ``piece.nbytes`` or longer.
+            extra: written to ``out`` in the same launch: contiguous, there, at a multiple of :data:`WORD` bytes.
+            at: where in ``out``, behind the piece; a multiple of :data:`WORD` from where ``out`` begins.
         """
         if self._by_kernel():
-            self._launch("pack", row, piece, out)
-        else:
-            for part, there in self._parts(row, piece, out):
-                there.copy_(part)
+            self._launch("pack", row, piece, out, extra=extra, at=at)
+            return
+        for part, there in self._parts(row, piece, out):
+            there.copy_(part)
+        if extra is not None:
+            out[at : at + extra.nbytes].copy_(extra.view(-1).view(torch.uint8))
 
     def unpack(self, buffer: Tensor, row: int, piece: Piece) -> None:
         """Fill a piece of ``row`` from the beginning of ``buffer``; the inverse of :meth:`pack`."""
@@ -157,12 +171,21 @@ class Rows:
     def _by_kernel(self) -> bool:
         return self._kernel
 
-    def _launch(self, mode: triton_rows.Mode, row: int, piece: Piece, buffer: Tensor | None, other: int = 0) -> None:
+    def _launch(
+        self,
+        mode: triton_rows.Mode,
+        row: int,
+        piece: Piece,
+        buffer: Tensor | None,
+        other: int = 0,
+        extra: Tensor | None = None,
+        at: int = 0,
+    ) -> None:
         if self._launcher is None:
             self._launcher = triton_rows.Launcher(self.arenas, self._before)
         count = piece.stop - piece.start
         grid = piece.last - piece.first, count * self._widest
-        self._launcher.launch(mode, buffer, row, other, piece.first, piece.start, count, grid)
+        self._launcher.launch(mode, buffer, row, other, piece.first, piece.start, count, grid, extra, at)
 
     def _parts(self, row: int, piece: Piece, buffer: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """For each arena that a piece touches: its part of the row, and the part's place in the buffer."""

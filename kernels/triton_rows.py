@@ -43,6 +43,7 @@ class Launcher:
         ]
         table = torch.tensor([(*entry, offset) for entry, offset in zip(entries, before, strict=False)])
         self._runs = table.to(arenas[0].device, non_blocking=True)
+        self._place = self._runs.data_ptr()
         self._kernels: dict[Mode, Any] = {}
 
     def launch(
@@ -55,6 +56,8 @@ class Launcher:
         start: int,
         count: int,
         grid: tuple[int, int],
+        extra: Tensor | None = None,
+        at: int = 0,
     ) -> None:
         """Move ``count`` positions of ``row``; on the current stream of the current device.
 
@@ -67,39 +70,62 @@ class Launcher:
             start: the first position.
             count: how many.
             grid: how many runs, and the bytes that the longest of them moves.
+            extra: contiguous, at a multiple of 16 bytes; when packing it is copied to the buffer too.
+            at: where in the buffer, a multiple of 16 bytes.
         """
-        near = self._runs if buffer is None else buffer
-        arguments = (self._runs, near, row, other, first, start, count, mode, TILE, COLUMNS)
-        size, kernel = (grid[0], -(-grid[1] // TILE), 1), self._kernels.get(mode)
+        runs, tiles = grid[0], -(-grid[1] // TILE)
+        nbytes = 0 if extra is None else extra.nbytes
+        size, kernel = (runs - (-nbytes // (TILE * tiles)), tiles, 1), self._kernels.get(mode)
+        numbers = (row, other, first, start, count, runs, at, nbytes, mode, TILE, COLUMNS)
         if kernel is None:
-            self._kernels[mode] = _move[size](*arguments, num_warps=WARPS)
+            near = self._runs if buffer is None else buffer
+            # Of the buffer's type whatever its own: the kernel that is made now serves every later call.
+            far = near if extra is None else extra.view(-1).view(torch.uint8)
+            self._kernels[mode] = _move[size](self._runs, near, far, *numbers, num_warps=WARPS)
         else:
-            kernel[size](*arguments)
+            # Addresses: to ask a tensor for its own, and the driver whether it is one, takes longer than all the rest.
+            here = self._place if buffer is None else buffer.data_ptr()
+            kernel[size](self._place, here, here if extra is None else extra.data_ptr(), *numbers)
 
 
-@jit(do_not_specialize=("row", "other", "first", "start", "count"))
+@jit(do_not_specialize=("row", "other", "first", "start", "count", "moved", "at", "size"))
 def _move(  # type: ignore[no-untyped-def]
-    runs, buffer, row, other, first, start, count,
+    runs, buffer, extra, row, other, first, start, count, moved, at, size,
     MODE: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One tile of one run; grid ``[runs, tiles of the longest]``."""
-    entry = runs + (first + tl.program_id(0)) * COLUMNS
+    """One tile of one of the ``moved`` runs, or of the extra tensor; grid ``[runs and more, tiles of the longest]``."""
+    number, tile = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    entry = runs + (first + tl.minimum(number, moved - 1)) * COLUMNS
     address, distance, unit = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
-    begin = tl.program_id(1).to(tl.int64) * TILE
-    words = tl.maximum(tl.minimum(unit * count - begin, TILE), 0) // 16 * 4
+    begin = tile * TILE
+    nbytes = tl.maximum(tl.minimum(unit * count - begin, TILE), 0)
     word = tl.arange(0, TILE // 4)
-    inside = word < words
     here = address + unit * start + begin
-    far = tl.multiple_of((here + distance * row).to(tl.pointer_type(tl.int32)), 16) + word
+    source = here + distance * row
     if MODE == "clear":
-        tl.store(far, tl.zeros([TILE // 4], dtype=tl.int32), mask=inside)
-    elif MODE == "copy":
-        there = tl.multiple_of((here + distance * other).to(tl.pointer_type(tl.int32)), 16) + word
-        tl.store(there, tl.load(far, mask=inside), mask=inside)
+        far = tl.multiple_of(source.to(tl.pointer_type(tl.int32)), 16) + word
+        tl.store(far, tl.zeros([TILE // 4], dtype=tl.int32), mask=word < nbytes // 16 * 4)
     else:
-        offset = (tl.load(entry + 3) - tl.load(runs + first * COLUMNS + 3)) * count + begin
-        near = tl.multiple_of((buffer + offset).to(tl.pointer_type(tl.int32)), 16) + word
-        if MODE == "pack":
-            tl.store(near, tl.load(far, mask=inside), mask=inside)
+        if MODE == "copy":
+            target = here + distance * other
         else:
-            tl.store(far, tl.load(near, mask=inside), mask=inside)
+            near = buffer.to(tl.int64)
+            target = near + (tl.load(entry + 3) - tl.load(runs + first * COLUMNS + 3)) * count + begin
+        if MODE == "unpack":
+            source, target = target, source
+        if MODE == "pack":
+            # Programs beyond the runs take the extra tensor, as many tiles each as a run has.
+            beyond = number >= moved
+            begin = ((number - moved) * tl.num_programs(1) + tile) * TILE
+            source = tl.where(beyond, extra.to(tl.int64) + begin, source)
+            target = tl.where(beyond, near + at + begin, target)
+            nbytes = tl.where(beyond, tl.maximum(tl.minimum(size - begin, TILE), 0), nbytes)
+            # Its last bytes; runs have none beside their words.
+            byte, whole = tl.arange(0, 16), nbytes // 16 * 16
+            last = (source + whole).to(tl.pointer_type(tl.uint8)) + byte
+            there = (target + whole).to(tl.pointer_type(tl.uint8)) + byte
+            tl.store(there, tl.load(last, mask=byte < nbytes % 16), mask=byte < nbytes % 16)
+        inside = word < nbytes // 16 * 4
+        far = tl.multiple_of(source.to(tl.pointer_type(tl.int32)), 16) + word
+        there = tl.multiple_of(target.to(tl.pointer_type(tl.int32)), 16) + word
+        tl.store(there, tl.load(far, mask=inside), mask=inside)

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -29,7 +29,7 @@ from djinn_fx.runtime.fingerprint import (
 from djinn_fx.runtime.pinned import HostPool
 from djinn_fx.runtime.restore import fill, require_fit
 from djinn_fx.runtime.saved import Saved
-from djinn_fx.runtime.scarce import memory_for
+from djinn_fx.runtime.scarce import memory_for, without_memory
 from djinn_fx.runtime.snapshot import SessionState, Snapshot, snapshot
 from djinn_fx.runtime.transfer import Parked, Sent, fetch
 from djinn_fx.sites import SiteTable
@@ -56,8 +56,7 @@ class Contents:
     functions: Mapping[str, Predicate]
 
 
-@dataclass(frozen=True, eq=False)
-class Pending:
+class Pending(NamedTuple):
     """A checkpoint just taken: nobody has looked at it yet, and its copies may be under way.
 
     Attributes:
@@ -81,8 +80,7 @@ class Pending:
         return Contents(encoded, fetch(encoder.tensors, self.pool), encoder.functions)
 
 
-@dataclass(frozen=True, eq=False)
-class Kept:
+class Kept(NamedTuple):
     """KV that was sent: the first ``length`` positions of what is parked, under ``names``."""
 
     parked: Parked | Filed
@@ -281,9 +279,14 @@ def take_checkpoint(session: Session, *, between: bool = False, beyond: bool = F
     """
     engine = session.engine
     row = session.row if session.host is None else None  # nothing writes into what was offloaded: it is shared
-    with memory_for("a checkpoint"):
+    try:
         taken, values = snapshot(session, between=between)
         sent = engine.transfer.send(row, session.length, values, beyond=beyond)
+    except (MemoryError, RuntimeError) as error:  # by hand: as a context it costs more
+        named = without_memory(error, "a checkpoint")
+        if named is error:
+            raise
+        raise named from error
     parked = session.host or sent.parked
     assert parked is not None
     kept = Kept(parked, session.length, engine.arena.names)

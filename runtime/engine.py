@@ -83,7 +83,7 @@ class Engine:
     _keys: Iterator[int] = field(default_factory=itertools.count, repr=False)
     _loop: DecodeLoop | None = field(init=False, default=None, repr=False)
     _stages: Stages | None = field(init=False, default=None, repr=False)
-    _described: tuple[tuple[object, ...], tuple[object, ...], Mapping[str, Plain]] | None = field(
+    _described: tuple[tuple[object, object, object], tuple[object, ...], Mapping[str, Plain]] | None = field(
         init=False, default=None, repr=False
     )
 
@@ -142,17 +142,15 @@ class Engine:
 
     def described(self) -> Mapping[str, Plain]:
         """``model`` and ``environment`` as they are now, for a checkpoint; made anew only if something changed."""
-        parts = (self.sites, self.options, self.identity)
-        rest = (
-            torch.get_float32_matmul_precision(),
-            torch.get_num_threads(),
-            tuple(self.identity.build.items()),
-        )
-        known = self._described
-        if known is None or known[1] != rest or any(a is not b for a, b in zip(known[0], parts, strict=True)):
-            found = {"model": describe_model(self), "environment": describe_environment(self)}
-            self._described = known = (parts, rest, found)
-        return known[2]
+        identity, known = self.identity, self._described
+        rest = torch.get_float32_matmul_precision(), torch.get_num_threads(), tuple(identity.build.items())
+        if known is not None and known[1] == rest:
+            sites, options, same = known[0]
+            if sites is self.sites and options is self.options and same is identity:
+                return known[2]
+        found = {"model": describe_model(self), "environment": describe_environment(self)}
+        self._described = (self.sites, self.options, identity), rest, found
+        return found
 
     def next_key(self) -> int:
         """A fresh identity for a steering handle."""
@@ -177,6 +175,7 @@ class Engine:
     def seated_session(self, seed: int, keep: Sequence[Session] = ()) -> Session:
         """:meth:`open_session` for callers that :meth:`Tiers.roomy` calls."""
         self.tiers.make_room(1, keep)
+        self.pool.prepare()  # or the first checkpoint would wait for it
         session = Session(self, self.arena.take()[0], seed)
         self.sessions.append(session)
         return session

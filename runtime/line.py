@@ -63,7 +63,7 @@ class Line:
 
     def leave(self) -> None:
         """This thread is not in line any more; under the engine's lock, when it has what it waited for."""
-        if threading.get_ident() in self._waiting:
+        if self._waiting and threading.get_ident() in self._waiting:
             with self._called:
                 del self._waiting[threading.get_ident()]
             self.call()

@@ -11,19 +11,15 @@ who needs it waits for the copy, not for a slab.
 
 from __future__ import annotations
 
-import bisect
-import mmap
 import threading
-import weakref
 from collections import deque
 from contextlib import suppress
-from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from djinn_fx.errors import CapacityError
 from djinn_fx.runtime.modes import outside_inference
+from djinn_fx.runtime.slab import PAGE, Lease, Slab, Watch
 
 #: Bytes of a slab; a longer block gets one of its own.
 SLAB = 64 << 20
@@ -32,73 +28,8 @@ SLAB = 64 << 20
 #: it again when it has grown. Pinning takes more than half a second a GiB, and whoever moves waits for it.
 SLACK = 8
 
-#: Blocks begin and end at multiples of this, whole slabs at multiples of a page.
-ALIGNMENT, PAGE = 256, 4096
-
-
-@dataclass(eq=False)
-class _Lease:
-    """A stretch of a slab that somebody has."""
-
-    slab: _Slab
-    offset: int
-    size: int
-    until: torch.cuda.Event | None = None
-
-    def over(self) -> bool:
-        """Whether no copy touches it any more."""
-        return self.until is None or self.until.query()
-
-    def through(self) -> None:
-        """Wait until no copy touches it."""
-        if self.until is not None:
-            self.until.synchronize()
-
-
-class _Slab:
-    """One stretch of host memory and what of it is free: ``(offset, size)`` in order, no two adjoining."""
-
-    def __init__(self, nbytes: int, pinned: bool) -> None:
-        self.nbytes, self.free = nbytes, [(0, nbytes)]
-        if not pinned:
-            self.memory = np.empty(nbytes, dtype=np.uint8)
-            return
-        # Registered rather than allocated by CUDA: the size is exact, and the system has it back at once when it goes.
-        self.memory = np.frombuffer(_pages(nbytes), dtype=np.uint8)
-        self.memory[::PAGE] = 0  # the pages come now, not while CUDA holds up everybody else
-        place = self.memory.ctypes.data
-        refused = int(torch.cuda.cudart().cudaHostRegister(place, nbytes, 0))
-        if refused:
-            raise CapacityError(
-                f"the system refuses to pin {nbytes} bytes of host memory (CUDA error {refused}). Free host memory, "
-                "raise the limit of locked memory (ulimit -l), or compile with a smaller pinned_bytes."
-            )
-        weakref.finalize(self, _unpin, place).atexit = False
-
-    @property
-    def whole(self) -> bool:
-        """Whether all of it is free."""
-        return self.free == [(0, self.nbytes)]
-
-    def take(self, size: int) -> int | None:
-        """The offset of the first free stretch that is long enough, taken; None if there is none."""
-        for index, (offset, length) in enumerate(self.free):
-            if length >= size:
-                self.free[index : index + 1] = [(offset + size, length - size)] if length > size else []
-                return offset
-        return None
-
-    def give(self, offset: int, size: int) -> None:
-        """Make a stretch free again, one with its neighbours."""
-        index = bisect.bisect(self.free, (offset, size))
-        end, first, last = offset + size, index, index
-        if last < len(self.free) and self.free[last][0] == end:
-            end += self.free[last][1]
-            last += 1
-        if first and sum(self.free[first - 1]) == offset:
-            first -= 1
-            offset = self.free[first][0]
-        self.free[first:last] = [(offset, end - offset)]
+#: Blocks begin and end at multiples of this.
+ALIGNMENT = 256
 
 
 class Block:
@@ -108,7 +39,7 @@ class Block:
         tensor: uint8 ``[nbytes]``, at a multiple of :data:`ALIGNMENT`.
     """
 
-    def __init__(self, tensor: torch.Tensor, lease: _Lease) -> None:
+    def __init__(self, tensor: torch.Tensor, lease: Lease) -> None:
         self.tensor, self._lease = tensor, lease
 
     @property
@@ -139,12 +70,12 @@ class HostPool:
         self, limit: int, *, pinned: bool, slab: int = SLAB, growing: bool = True, ahead: bool = False
     ) -> None:
         self.limit, self._pinned, self._slab, self._growing, self._ahead = limit, pinned, slab, growing, ahead
-        self._slabs: list[_Slab] = []
+        self._slabs: list[Slab] = []
         self._coming: threading.Thread | None = None
         self._promised = 0  # bytes of the slab that is coming
         self._lock = threading.Lock()
-        # Dropped blocks. Only appended to by the collector, which may run anywhere, inside our own lock too.
-        self._dropped: deque[_Lease] = deque()
+        # Dropped blocks. Only appended to where a block goes, which may be anywhere, inside our own lock too.
+        self._dropped: deque[Watch] = deque()
 
     @property
     def capacity(self) -> int:
@@ -176,7 +107,10 @@ class HostPool:
         while lease is None:
             with self._lock:
                 self._reap()
-                lease, coming, leaving = self._find(size), self._coming, self._waiting()
+                lease = self._find(size)
+                if lease is not None and (not self._ahead or self._has(size)):
+                    break  # almost always
+                coming, leaving = self._coming, self._waiting()
                 covered = lease is None and self._places(size, leaving) > 0
                 if lease is None and coming is None and not covered:
                     lease = self._made_room(size, nbytes)
@@ -187,11 +121,21 @@ class HostPool:
             elif lease is None and coming is not None:
                 coming.join()
         memory = lease.slab.memory[lease.offset : lease.offset + nbytes]
-        weakref.finalize(memory, self._dropped.append, lease).atexit = False
-        with outside_inference():
-            return Block(torch.from_numpy(memory), lease)
+        watch = Watch(memory, self._dropped.append)
+        watch.lease = lease
+        lease.slab.held[lease.offset] = watch
+        if torch.is_inference_mode_enabled():
+            with outside_inference():
+                return Block(torch.from_numpy(memory), lease)
+        return Block(torch.from_numpy(memory), lease)
 
-    def _made_room(self, size: int, nbytes: int) -> _Lease:
+    def prepare(self) -> None:
+        """Have the first slab made by a thread, if the pool looks ahead and has none; it waits for nothing."""
+        if self._ahead and not self._slabs:
+            with self._lock:
+                self._look_ahead(ALIGNMENT, [])
+
+    def _made_room(self, size: int, nbytes: int) -> Lease:
         """A block that room was made for, by another slab or by waiting for copies."""
         lease = self._grow(size) or self._scrape(size)
         if lease is None:
@@ -202,7 +146,7 @@ class HostPool:
             )
         return lease
 
-    def _look_ahead(self, size: int, leaving: list[_Lease]) -> None:
+    def _look_ahead(self, size: int, leaving: list[Lease]) -> None:
         """Have the next slab made, if what is free may not do for one more block like the last.
 
         One block may be free while the copy of another goes on; who has two being copied makes them faster than the bus
@@ -211,7 +155,7 @@ class HostPool:
         wanted = self._next_slab(size)
         if not self._ahead or self._coming is not None or not wanted:
             return
-        if any(length >= size for slab in self._slabs for _, length in slab.free) or self._places(size, leaving) > 1:
+        if self._has(size) or self._places(size, leaving) > 1:
             return
         device = torch.cuda.current_device() if self._pinned else None
         thread = threading.Thread(target=self._make_ahead, args=(wanted, device), name="djinn-pinning")
@@ -219,7 +163,7 @@ class HostPool:
             thread.start()
             self._coming, self._promised = thread, wanted
 
-    def _places(self, size: int, leaving: list[_Lease]) -> int:
+    def _places(self, size: int, leaving: list[Lease]) -> int:
         """How many blocks of ``size`` have room, when the copies of these dropped blocks are through."""
         found = 0
         for slab in self._slabs:
@@ -238,7 +182,7 @@ class HostPool:
         try:
             if device is not None:
                 torch.cuda.set_device(device)
-            slab = _Slab(nbytes, self._pinned)
+            slab = Slab(nbytes, self._pinned)
         except Exception:  # whatever it is: whoever needs the slab tries himself, and is told
             self._ahead = False
         finally:  # or those who wait for it would wait for ever
@@ -253,20 +197,28 @@ class HostPool:
         wanted = self._slab if size <= self._slab else _up(size + longer, PAGE)
         return min(wanted, room) if size <= room else 0
 
-    def _find(self, size: int) -> _Lease | None:
+    def _has(self, size: int) -> bool:
+        """Whether a block of ``size`` is free."""
+        for slab in self._slabs:
+            for _, length in slab.free:
+                if length >= size:
+                    return True
+        return False
+
+    def _find(self, size: int) -> Lease | None:
         for slab in self._slabs:
             offset = slab.take(size)
             if offset is not None:
-                return _Lease(slab, offset, size)
+                return Lease(slab, offset, size)
         return None
 
-    def _grow(self, size: int) -> _Lease | None:
+    def _grow(self, size: int) -> Lease | None:
         """A block of a new slab, if the bound allows one."""
         nbytes = self._next_slab(size)
         if not nbytes:
             return None
         try:
-            self._slabs.append(_Slab(nbytes, self._pinned))
+            self._slabs.append(Slab(nbytes, self._pinned))
         except (MemoryError, OSError, RuntimeError) as error:
             if isinstance(error, CapacityError):
                 raise
@@ -276,7 +228,7 @@ class HostPool:
             ) from error
         return self._find(size)
 
-    def _scrape(self, size: int) -> _Lease | None:
+    def _scrape(self, size: int) -> Lease | None:
         """The last resort: wait for copies of dropped blocks, then give slabs back for one that is long enough."""
         for lease in self._waiting():
             lease.through()
@@ -287,18 +239,23 @@ class HostPool:
             found = self._grow(size)
         return found
 
-    def _waiting(self) -> list[_Lease]:
+    def _waiting(self) -> list[Lease]:
         """What was dropped and is still touched; one by one, since a deque that grows cannot be iterated over."""
-        return [self._dropped[index] for index in range(len(self._dropped))]
+        dropped = [self._dropped[index].lease for index in range(len(self._dropped))]
+        return [lease for lease in dropped if lease is not None]
 
     def _reap(self) -> None:
         """Make free what was dropped and is no longer touched; the caller holds the lock."""
         for _ in range(len(self._dropped)):
-            lease = self._dropped.popleft()
+            watch = self._dropped.popleft()
+            lease = watch.lease
+            if lease is None:
+                continue
             if lease.over():
+                lease.slab.held.pop(lease.offset, None)
                 lease.slab.give(lease.offset, lease.size)
             else:
-                self._dropped.append(lease)
+                self._dropped.append(watch)
 
 
 def ordinary(nbytes: int) -> HostPool:
@@ -306,20 +263,5 @@ def ordinary(nbytes: int) -> HostPool:
     return HostPool(nbytes + (1 << 16), pinned=False, slab=nbytes, growing=False)
 
 
-def _pages(nbytes: int) -> mmap.mmap:
-    """Memory of the system's, in large pages where it has them: there are fewer to pin."""
-    memory = mmap.mmap(-1, nbytes)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return memory
-
-
 def _up(nbytes: int, step: int) -> int:
     return -(-nbytes // step) * step
-
-
-def _unpin(place: int) -> None:
-    """Give pinned memory back to the system, after the last copy that may touch it."""
-    torch.cuda.synchronize()
-    torch.cuda.cudart().cudaHostUnregister(place)

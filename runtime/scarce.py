@@ -9,9 +9,12 @@ import torch
 
 from djinn_fx.errors import CapacityError, DjinnError
 
+#: How things stand where a call found no memory.
+UNCHANGED = "Nothing changed, and every session can go on"
+
 
 @contextmanager
-def memory_for(what: str, after: str = "Nothing changed, and every session can go on") -> Iterator[None]:
+def memory_for(what: str, after: str = UNCHANGED) -> Iterator[None]:
     """Inside, memory that the device or the system refuses is a :class:`CapacityError`; the caller undoes its work.
 
     Args:
@@ -21,13 +24,21 @@ def memory_for(what: str, after: str = "Nothing changed, and every session can g
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, DjinnError) or not out_of_memory(error):
+        named = without_memory(error, what, after)
+        if named is error:
             raise
-        said = str(error).partition("\n")[0][:200]
-        raise CapacityError(
-            f"there is no memory for {what} ({type(error).__name__}: {said}). {after}. Free memory (del tensors, "
-            "torch.cuda.empty_cache()), or compile with smaller limits."
-        ) from error
+        raise named from error
+
+
+def without_memory(error: Exception, what: str, after: str = UNCHANGED) -> Exception:
+    """The :class:`CapacityError` that :func:`memory_for` raises for an error; itself if it is about something else."""
+    if isinstance(error, DjinnError) or not out_of_memory(error):
+        return error
+    said = str(error).partition("\n")[0][:200]
+    return CapacityError(
+        f"there is no memory for {what} ({type(error).__name__}: {said}). {after}. Free memory (del tensors, "
+        "torch.cuda.empty_cache()), or compile with smaller limits."
+    )
 
 
 def out_of_memory(error: BaseException) -> bool:

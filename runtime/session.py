@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import cache, partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -250,25 +251,24 @@ class Session(Residence, Shown):
             SessionBusy: a thread is driving its run right now.
             CapacityError: no host memory is left (``pinned_bytes``).
         """
-        from djinn_fx.runtime.checkpoint import take_checkpoint
+        tiers = self.engine.tiers
 
         def act() -> Checkpoint:
             self.require_open()
-            return self.engine.tiers.make_host_room(lambda: take_checkpoint(self))
+            return tiers.make_host_room(partial(_taker(), self))
 
-        return self.engine.tiers.roomy(act)
+        return tiers.roomy(act)
 
     def checkpoint_between(self) -> Checkpoint:
         """:meth:`checkpoint`, also between two steps of a run that is being driven; the caller holds the lock.
 
         Where ``pinned_bytes`` is used up it lies in ordinary memory.
         """
-        from djinn_fx.runtime.checkpoint import take_checkpoint
-
+        take = _taker()
         try:
-            return take_checkpoint(self, between=True)
+            return take(self, between=True)
         except CapacityError:
-            return take_checkpoint(self, between=True, beyond=True)
+            return take(self, between=True, beyond=True)
 
     def require_open(self) -> None:
         """Raise :class:`SessionClosed` if the session was closed."""
@@ -335,3 +335,11 @@ class Session(Residence, Shown):
     def __repr__(self) -> str:
         where = "closed" if self.closed else f"row {self.row}" if self.resident else f"offloaded to the {self.tier}"
         return f"Session({len(self.token_list)} tokens, {where}, {len(self.steering)} edits)"
+
+
+@cache
+def _taker() -> Callable[..., Checkpoint]:
+    """What takes checkpoints; it imports sessions, and to import it in every call takes as long as a launch."""
+    from djinn_fx.runtime.checkpoint import take_checkpoint
+
+    return take_checkpoint

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -105,95 +106,116 @@ class SessionState:
         return found
 
 
-@dataclass(frozen=True, eq=False)
-class Frame:
-    """Where a run stood, without the value there: fields of :class:`StopState`."""
+class Frame(NamedTuple):
+    """Where a run stood, without the value there: fields of :class:`StopState`.
+
+    Attributes:
+        site: as there.
+        fired: as there.
+        looked: whether anybody was given the value; then what the step had left there was sent with it.
+    """
 
     site: str
     fired: tuple[int, ...]
+    looked: bool
 
 
-@dataclass(frozen=True, eq=False)
-class Snapshot:
-    """A session at one moment, taken without waiting for the device.
+class Snapshot(NamedTuple):
+    """A session at one moment, taken without waiting for the device: its parts, put together when somebody asks.
 
     Attributes:
-        state: its state; a step in the air lacks its stop.
-        frame: that stop, if there was one.
+        session: makes the state, given the run's.
+        run: makes the run's, given that of the step in the air; None: no run.
+        flight: makes that of the step in the air, given the stop's; None: no such step.
+        frame: the stop, if there was one.
     """
 
-    state: SessionState
+    session: Callable[[RunState | None], SessionState]
+    run: Callable[[FlightState | None], RunState] | None
+    flight: Callable[[StopState | None], FlightState] | None
     frame: Frame | None
 
     def settled(self, values: torch.Tensor | None) -> SessionState:
         """The whole state; ``values`` are those that :func:`snapshot` gave, on the host."""
-        run = self.state.run
-        if self.frame is None or values is None or run is None or run.flight is None:
-            return self.state
-        touched = len(values) == 2 and not same_bits(*values)
-        stop = StopState(self.frame.site, values[0], touched, self.frame.fired)
-        return replace(self.state, run=replace(run, flight=replace(run.flight, stop=stop)))
+        stop, frame = None, self.frame
+        if frame is not None and values is not None:
+            value = values[0] if frame.looked else values
+            stop = StopState(frame.site, value, frame.looked and not same_bits(*values), frame.fired)
+        flight = None if self.flight is None else self.flight(stop)
+        return self.session(None if self.run is None else self.run(flight))
 
 
 def snapshot(session: Session, *, between: bool = False) -> tuple[Snapshot, torch.Tensor | None]:
-    """A session as it stands; the caller holds the engine's lock. It enqueues one copy and waits for nothing.
+    """A session as it stands; the caller holds the engine's lock. It waits for nothing.
 
     Tensors that nothing mutates are shared. With ``between`` it may be driven, if no step of it is in the air.
 
     Returns:
-        the snapshot, and for a stop its value and what the step had left there, ``[2, tokens, *feature_shape]``, the
-        latter alone, ``[1, ...]``, where nobody had asked for the value: a copy, on the device.
+        the snapshot, and for a stop its value, ``[tokens, *feature_shape]``, contiguous and not written from now on;
+        where somebody was given the value, a copy of it and of what the step had left there, ``[2, ...]``.
 
     Raises:
         SessionBusy: its run is being driven just now.
     """
     run = session.run
-    if run is not None and run.driving and run.stop is None and not (between and run.flight is None):
+    flight = None if run is None else run.flight
+    if run is not None and run.driving and run.stop is None and not (between and flight is None):
         raise SessionBusy(
             "cannot checkpoint: a thread is in the middle of a step of this session's run. Wait until the run stops "
             "or pauses; inside a loop over its stops a checkpoint is always possible, in a callback it is not."
         )
-    if run is not None and run.flight is not None:
-        run.flight.settle()
-    state = SessionState(
-        seed=session.seed,
-        tokens=tuple(session.token_list),
-        sampled=tuple(session.sampled),
-        length=session.length,
-        last_logits=session.last_logits,
-        steering=session.steering,
-        journal=tuple(session.journal),
-        run=None if run is None else _run_state(run),
+    # What changes is copied now; the rest of the work is done when somebody looks at the checkpoint.
+    made = partial(
+        SessionState,
+        session.seed,
+        tuple(session.token_list),
+        tuple(session.sampled),
+        session.length,
+        session.last_logits,
+        session.steering,
+        tuple(session.journal),
     )
-    if run is None or run.flight is None or run.stop is None:
-        return Snapshot(state, None), None
-    stop, before = run.stop, run.flight.value(run.stop.place)
-    with outside_inference():
-        if stop.untouched:
-            values = before.clone(memory_format=torch.contiguous_format)[None]
-        else:
-            values = torch.stack((stop.checked_value(), before))
-    return Snapshot(state, Frame(stop.site, stop.fired)), values
+    if run is None:
+        return Snapshot(made, None, None, None), None
+    ran = _run_state(run)
+    if flight is None:
+        return Snapshot(made, ran, None, None), None
+    flight.settle()
+    flown, stop = partial(FlightState, flight.step, flight.passed), run.stop
+    if stop is None:
+        return Snapshot(made, ran, flown, None), None
+    lent = stop.lend()
+    if lent is not None:
+        return Snapshot(made, ran, flown, Frame(stop.site, stop.fired, False)), lent
+    pair = stop.checked_value(), flight.value(stop.place)
+    if torch.is_inference_mode_enabled():
+        with outside_inference():
+            values = torch.stack(pair)
+    else:
+        values = torch.stack(pair)
+    return Snapshot(made, ran, flown, Frame(stop.site, stop.fired, True)), values
 
 
-def _run_state(run: Run) -> RunState:
-    return RunState(
-        options=run.options,
-        span=(run.begin, run.prompt_start, run.prompt_end),
-        first_step=run.first_step,
-        breakpoints=tuple(ArmedBreakpoint(_own(point.spec), point.sites, point.left) for point in run.breakpoints),
-        capture=tuple(site.name for site in run.capture),
-        records=tuple(run.records),
-        finished=run.finished,
-        finish_reason=run.finish_reason,
-        stopped_early=run.stopped_early,
-        flight=None if run.flight is None else FlightState(run.flight.step, run.flight.passed, None),
+def _run_state(run: Run) -> Callable[[FlightState | None], RunState]:
+    return partial(
+        RunState,
+        run.options,
+        (run.begin, run.prompt_start, run.prompt_end),
+        run.first_step,
+        tuple([ArmedBreakpoint(_own(point.spec), point.sites, point.left) for point in run.breakpoints]),
+        tuple([site.name for site in run.capture]) if run.capture else (),
+        tuple(run.records),
+        run.finished,
+        run.finish_reason,
+        run.stopped_early,
     )
 
 
 def _own(spec: Breakpoint) -> Breakpoint:
     """A breakpoint whose predicate, if it is one of ours, has tensors of its own: the user may change his."""
     when = spec.when
+    if when is None:
+        return spec
     if isinstance(when, Probe):
         return replace(spec, when=replace(when, w=when.w.clone()))
     if isinstance(when, CosineAbove):

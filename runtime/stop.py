@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -12,7 +13,9 @@ from djinn_fx.errors import InvalidValue, StaleStop
 from djinn_fx.notebook import Shown
 from djinn_fx.runtime import showing
 from djinn_fx.runtime.claims import claimed
+from djinn_fx.runtime.modes import outside_inference
 from djinn_fx.runtime.sampling import checked_seed
+from djinn_fx.runtime.scarce import memory_for
 from djinn_fx.sites import Site
 from djinn_fx.views import View
 
@@ -43,6 +46,7 @@ class Stop(Shown):
         self._run, self._site, self._step, self._value = run, site, step, value
         self._fired, self._kind, self.poised = tuple(fired), _kind(value), poised
         self._given, self._seen = (value, value._version), False
+        self._lent, self._lending = False, threading.RLock()
         self.held = False
         self.waiting = False  # found by a step, not yet in the user's hands
 
@@ -108,8 +112,16 @@ class Stop(Shown):
     @property
     def value(self) -> torch.Tensor:
         """The activation after steering, ``[tokens, *feature_shape]``, on the model's device."""
-        self._seen = True
-        return self._value
+        with self._lending:
+            if self._lent:
+                lent = self._value
+                with memory_for("a stop's value", "The run can go on"), outside_inference():
+                    mine = lent.clone()
+                if lent.is_cuda:  # its memory waits for this copy, on whatever stream it is made
+                    lent.record_stream(torch.cuda.current_stream(lent.device))
+                self._value, self._given, self._lent = mine, (mine, mine._version), False
+            self._seen = True
+            return self._value
 
     @value.setter
     def value(self, new: torch.Tensor) -> None:
@@ -122,7 +134,9 @@ class Stop(Shown):
                 f"stop.value at {self.site!r}: the new tensor requires grad, but compiled programs "
                 "do not run autograd. Assign tensor.detach()."
             )
-        self._value = new.clone()
+        mine = new.clone()
+        with self._lending:
+            self._value, self._lent = mine, False
 
     @property
     def content(self) -> torch.Tensor:
@@ -156,6 +170,20 @@ class Stop(Shown):
     def untouched(self) -> bool:
         """Whether nobody was ever given the value, so that it is what it was without a look."""
         return not (self._seen or self.written)
+
+    def lend(self) -> torch.Tensor | None:
+        """The value of an untouched stop, contiguous, which nobody will write; None if it was touched.
+
+        Whoever asks for the value later is given a copy of his own.
+        """
+        with self._lending:
+            if self._seen or self.written:
+                return None
+            if not self._value.is_contiguous():
+                with outside_inference():
+                    return self._value.clone(memory_format=torch.contiguous_format)
+            self._lent = True
+            return self._value
 
     # -- acts ----------------------------------------------------------------------------------
 

@@ -23,8 +23,9 @@ from torch.utils.dlpack import from_dlpack
 from djinn_fx.errors import CapacityError, CaptureError, InternalError
 from djinn_fx.program import Segment
 from djinn_fx.runtime.modes import outside_inference
-from djinn_fx.runtime.pinned import PAGE, HostPool
+from djinn_fx.runtime.pinned import HostPool
 from djinn_fx.runtime.placement import SLOTS, Layer, Placement, leaves
+from djinn_fx.runtime.slab import PAGE
 from djinn_fx.runtime.slots import Slots
 
 

@@ -221,6 +221,8 @@ class Tiers:
         Raises:
             CapacityError: it refused to write.
         """
+        if not self._writing:
+            return
         failed: str | None = None
         for session, (parked, written) in list(self._writing.items()):
             if written.done():

@@ -1,7 +1,9 @@
 """Transfers: a row's KV to host memory and back, on a stream of their own; the host waits for nothing.
 
-On CUDA a row is packed into a staging buffer, one launch a piece, and sent with one asynchronous copy a piece; the way
-back is the mirror. The copy stream begins behind all that the compute stream was given so far. The compute stream
+On CUDA a row is packed into a staging buffer with one launch, a stop's value behind it, and sent with one asynchronous
+copy. What is longer than the buffer goes in pieces, the first of them short, so that the bus begins at once. Two
+streams take them in turn, each with its half of the buffer: one packs while the other copies. The way back is the
+mirror, on one stream. The copy stream begins behind all that the compute stream was given so far. The compute stream
 waits for it only where something would overwrite what is still being read (:meth:`KVArena.settle`). A row that its
 session leaves is zeroed on the copy stream, and a row that comes back is ready when an event passes
 (:meth:`KVArena.moving`): the driver waits for that on the host, outside the engine's lock, so that the steps of others
@@ -11,23 +13,26 @@ are never behind a copy. On the CPU the same calls copy, at once.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from djinn_fx.errors import CapacityError
-from djinn_fx.kernels.rows import RowLayout
+from djinn_fx.kernels.rows import WORD, Piece, RowLayout
 from djinn_fx.runtime.arena import KVArena
+from djinn_fx.runtime.copystream import Current, mark, part
 from djinn_fx.runtime.modes import outside_inference
 from djinn_fx.runtime.pinned import Block, HostPool, ordinary
 
-#: Bytes of the staging buffer on the device, hence of the longest piece.
+#: Bytes of the staging buffer on the device; what is longer goes in pieces of half as many.
 STAGING = 32 << 20
 
-#: What follows the KV in a block begins at a multiple of this.
+#: Bytes of the first piece of several.
+FIRST = 2 << 20
+
+#: What follows the KV in a block begins at a multiple of this, and so does the second half of the staging buffer.
 _GAP = 64
 
 
@@ -62,19 +67,31 @@ class Parked:
         return found if length is None else [tensor[:, :length] for tensor in found]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Sent:
     """What one checkpoint sent.
 
     Attributes:
         parked: the KV; None if none was asked for.
-        extra: the tensor that went with it, on the host; None if there was none.
-        arrived: passes when both are there; None on the CPU.
+        arrived: passes when all of it is there; None on the CPU.
+        block: the memory, if a tensor went with the KV.
+        place: where it lies in the block: its first byte, dtype and shape.
+        kept: the tensor itself, if it needed no copy.
     """
 
     parked: Parked | None
-    extra: torch.Tensor | None
-    arrived: torch.cuda.Event | None
+    arrived: torch.cuda.Event | None = None
+    block: Block | None = None
+    place: tuple[int, torch.dtype, torch.Size] | None = None
+    kept: torch.Tensor | None = None
+
+    @property
+    def extra(self) -> torch.Tensor | None:
+        """The tensor that went with it, on the host, to be read once it has arrived; None if there was none."""
+        if self.block is None or self.place is None:
+            return self.kept
+        start, dtype, shape = self.place
+        return self.block.tensor[start : start + shape.numel() * dtype.itemsize].view(dtype).view(shape)
 
 
 def fetch(tensors: Mapping[str, torch.Tensor], pool: HostPool) -> dict[str, torch.Tensor]:
@@ -118,8 +135,11 @@ class Transfer:
         self._arena, self._pool, self._limit = arena, pool, staging
         self._staging: torch.Tensor | None = None
         self._stream: torch.cuda.Stream | None = None
-        self._compute: torch.cuda.Stream  # the engine's stream; made with the copy stream, like the next
+        self._other: torch.cuda.Stream | None = None  # the second, for what is longer than the staging buffer
+        self._cuda = arena.device.type == "cuda"
+        self._compute: torch.cuda.Stream  # the engine's stream; made with the copy stream, like the next two
         self._begun: torch.cuda.Event  # how far the compute stream had come
+        self._aside: Current  # the copy stream in its place
         # Device tensors that are being sent; kept until they are through.
         self._flying: deque[tuple[torch.cuda.Event, torch.Tensor]] = deque()
 
@@ -147,41 +167,43 @@ class Transfer:
         Raises:
             CapacityError: no host memory is left, or no device memory to stage in; nothing was begun.
         """
-        packer, cuda = self._arena.packer, self._arena.device.type == "cuda"
+        packer = self._arena.packer
         size = 0 if row is None else length * packer.width
         start = -(-size // _GAP) * _GAP
-        whole = start + extra.nbytes if cuda and extra is not None else size
+        more = 0 if extra is None else extra.nbytes
+        whole = start + more if self._cuda and extra is not None else size
         block = (ordinary(whole) if beyond else self._pool).take(whole)
         parked = None if row is None else Parked(block, packer.layout, length, size)
-        if not cuda:
+        if not self._cuda:
             if row is not None:
                 for piece in packer.pieces(length, size):
                     packer.pack(row, piece, block.tensor)
-            return Sent(parked, extra, None)
-        stream, compute, staging = self._ready()
-        place = None
-        with _current(stream, compute):
-            if row is not None and length:
-                self._pack(row, length, block.tensor, staging, stream)
+            return Sent(parked, kept=extra)
+        stream, staging = self._ready()
+        with self._aside:
+            along = False
+            if row is not None and size:
+                along = self._pack(row, length, block.tensor, staging, stream, extra, start)
+            if extra is not None and not along:
+                part(block.tensor, start, more).copy_(extra.view(-1).view(torch.uint8), non_blocking=True)
+            arrived = mark(stream)
+            block.busy_until(arrived)
             if extra is not None:
-                place = block.tensor[start:].view(extra.dtype).view(extra.shape)
-                place.copy_(extra, non_blocking=True)
-        arrived = stream.record_event()
-        block.busy_until(arrived)
+                self._flying.append((arrived, extra))
         if parked is not None:
             parked.arrived = arrived
-        if extra is not None:
-            self._flying.append((arrived, extra))
-        return Sent(parked, place, arrived)
+        if extra is None:
+            return Sent(parked, arrived)
+        return Sent(parked, arrived, block, (start, extra.dtype, extra.shape))
 
     def leave(self, row: int) -> None:
         """Zero a row that was sent whole, behind its packing; the caller gives it back with :meth:`KVArena.vacated`."""
         if self._stream is None:
             self._arena.packer.clear(row)
             return
-        with _current(self._stream, self._compute):
+        with self._aside:
             self._arena.packer.clear(row)
-            self._arena.moving(row, self._stream.record_event())
+            self._arena.moving(row, mark(self._stream))
 
     def receive(self, parked: Parked, row: int) -> None:
         """Begin to copy what was parked into a row; :meth:`KVArena.arrive` and ``on_the_way`` say when it is there.
@@ -191,20 +213,20 @@ class Transfer:
         """
         packer = self._arena.packer
         memory = parked.block.tensor
-        if self._arena.device.type != "cuda":
+        if not self._cuda:
             for piece in packer.pieces(parked.length, parked.nbytes):
                 packer.unpack(memory, row, piece)
             return
-        stream, compute, staging = self._ready()
+        stream, staging = self._ready()
         if parked.block.busy is not None:
             stream.wait_event(parked.block.busy)  # another model's stream may have sent it, or be reading it too
-        with _current(stream, compute):
+        with self._aside:
             for piece in packer.pieces(parked.length, staging.numel()):
                 there = memory[piece.offset : piece.offset + piece.nbytes]
                 staging[: piece.nbytes].copy_(there, non_blocking=True)
                 packer.unpack(staging, row, piece)
-        done = stream.record_event()
-        parked.block.busy_until(done)
+            done = mark(stream)
+            parked.block.busy_until(done)
         self._arena.moving(row, done)
 
     def warm(self) -> None:
@@ -224,35 +246,96 @@ class Transfer:
         self._arena.copy(spare, [spare], 1)
 
     def _pack(
-        self, row: int, length: int, memory: torch.Tensor, staging: torch.Tensor, stream: torch.cuda.Stream
-    ) -> None:
-        packer = self._arena.packer
-        pieces = packer.pieces(length, staging.numel())
-        for piece in pieces:
-            packer.pack(row, piece, staging)
-            if piece is pieces[-1]:
-                # From here on the row may be overwritten: what is still to be sent lies in the staging buffer.
-                self._arena.reading(row, stream.record_event())
-            memory[piece.offset : piece.offset + piece.nbytes].copy_(staging[: piece.nbytes], non_blocking=True)
+        self,
+        row: int,
+        length: int,
+        memory: torch.Tensor,
+        staging: torch.Tensor,
+        stream: torch.cuda.Stream,
+        extra: torch.Tensor | None,
+        start: int,
+    ) -> bool:
+        """Begin to send KV to the beginning of ``memory``, and ``extra`` to its byte ``start`` if it fits behind it.
 
-    def _ready(self) -> tuple[torch.cuda.Stream, torch.cuda.Stream, torch.Tensor]:
-        """The copy stream, behind all that the compute stream was given so far; that stream; the staging buffer."""
+        Returns:
+            whether ``extra`` went along.
+        """
+        packer, room = self._arena.packer, staging.numel()
+        if length * packer.width <= room:
+            halves, pieces = [staging], packer.pieces(length, room)
+        else:
+            halves = [staging[: room // 2], staging[room // 2 :]]
+            pieces = packer.pieces(length, room // 2, min(FIRST, room // 2))
+        last = pieces[-1]
+        at = start - last.offset
+        if extra is not None and (at + extra.nbytes > halves[0].numel() or extra.data_ptr() % WORD):
+            extra = None
+        if len(pieces) == 1:
+            packer.pack(row, last, staging, extra, at)
+            # From here on the row may be overwritten: what is still to be sent lies in the staging buffer.
+            self._arena.reading(row, mark(stream))
+            end = last.nbytes if extra is None else memory.numel()
+            part(memory, 0, end).copy_(part(staging, 0, end), non_blocking=True)
+        else:
+            self._pack_in_turn(row, pieces, memory, halves, stream, extra, at)
+        return extra is not None
+
+    def _pack_in_turn(
+        self,
+        row: int,
+        pieces: list[Piece],
+        memory: torch.Tensor,
+        halves: list[torch.Tensor],
+        stream: torch.cuda.Stream,
+        extra: torch.Tensor | None,
+        at: int,
+    ) -> None:
+        """:meth:`_pack` of several pieces: the last goes on ``stream``, that before it on the other, and so on."""
+        if self._other is None:
+            self._other = torch.cuda.Stream(self._arena.device)
+        streams, final = (stream, self._other), len(pieces) - 1
+        packed = through = mark(stream)
+        self._other.wait_event(packed)  # what the stream does still may read the row, or fill the staging buffer
+        for index, piece in enumerate(pieces):
+            turn = (final - index) % 2
+            torch.cuda.set_stream(streams[turn])
+            end = piece.nbytes
+            if index == final:
+                stream.wait_event(packed)
+                self._arena.packer.pack(row, piece, halves[turn], extra, at)
+                self._arena.reading(row, mark(stream))
+                end = end if extra is None else memory.numel() - piece.offset
+            else:
+                self._arena.packer.pack(row, piece, halves[turn])
+                if index == final - 1:
+                    packed = mark(self._other)
+            part(memory, piece.offset, end).copy_(part(halves[turn], 0, end), non_blocking=True)
+            if index == final - 1:
+                through = mark(self._other)
+        stream.wait_event(through)
+
+    def _ready(self) -> tuple[torch.cuda.Stream, torch.Tensor]:
+        """The copy stream, behind all that the compute stream was given so far; the staging buffer."""
         while self._flying and self._flying[0][0].query():
             self._flying.popleft()
         device = self._arena.device
         if self._stream is None:
             self._stream, self._begun = torch.cuda.Stream(device), torch.cuda.Event()
             self._compute = torch.cuda.default_stream(device)  # whoever holds the engine's lock is on it
+            self._aside = Current(self._stream, self._compute)
         if self._staging is None:
             self._staging = self._make_staging(self._stream)
         self._begun.record(self._compute)
-        self._stream.wait_event(self._begun)
-        return self._stream, self._compute, self._staging
+        self._begun.wait(self._stream)
+        return self._stream, self._staging
 
     def _make_staging(self, stream: torch.cuda.Stream) -> torch.Tensor:
         packer = self._arena.packer
         widest = max((dim for _, dim in packer.layout.shapes), default=1) * packer.layout.dtype.itemsize
-        size = max(min(self._limit, packer.width * self._arena.positions), widest)
+        # A whole row of a small model, and what goes along; two positions of a head at least.
+        size = min(self._limit, packer.width * self._arena.positions + FIRST)
+        half = max(size // 2, widest)
+        size = 2 * (-(-half // _GAP) * _GAP)
         try:
             # Of the copy stream's own memory: it is given to nobody else before that stream is through with it.
             with outside_inference(), torch.cuda.stream(stream):
@@ -262,25 +345,3 @@ class Transfer:
                 f"{size} bytes of device memory are needed to stage copies to the host, and the device has none left. "
                 "Free device memory, or compile with a smaller max_sessions or max_length."
             ) from error
-
-
-@contextmanager
-def _current(stream: torch.cuda.Stream, before: torch.cuda.Stream) -> Iterator[None]:
-    """Make a copy stream the current one; if something fails there, wait until nothing of it is under way.
-
-    Args:
-        stream: the copy stream.
-        before: the current stream of its device.
-    """
-    # By hand: torch.cuda.stream(...) costs the host three times as much.
-    device = torch.cuda.current_device()
-    torch.cuda.set_stream(stream)
-    try:
-        yield
-    except BaseException:
-        stream.synchronize()  # it must not write into memory that is then given to somebody else
-        raise
-    finally:
-        torch.cuda.set_stream(before)
-        if device != stream.device_index:
-            torch.cuda.set_device(device)

@@ -13,9 +13,9 @@ ROOMS = ("passes", "kernels", "runtime", "benchmarks")
 FOUNDATION = ("errors", "sites", "specs", "when", "program", "views", "notebook", "_version")
 LONGEST = 350
 
-# Registered benchmarks that see the rooms from within, file by file: no public call replays one decode graph alone, or
-# compiles the same captured graph without cuts.
-WITHIN = {"benchmarks.steps", "benchmarks.replays"}
+# Registered benchmarks that see the rooms from within, file by file: no public call replays one decode graph alone,
+# compiles the same captured graph without cuts, or sends a row longer than the model's.
+WITHIN = {"benchmarks.steps", "benchmarks.replays", "benchmarks.checkpoint", "benchmarks.copying"}
 
 # Who may import whom. "face" is every other module of djinn_fx/, its __init__ among them.
 MAY_IMPORT = {

@@ -6,9 +6,8 @@ import time
 
 from djinn_fx.benchmarks import clock
 from djinn_fx.benchmarks.answers import same_bits
-from djinn_fx.benchmarks.checkpoint import LENGTHS
 from djinn_fx.benchmarks.context import refused
-from djinn_fx.benchmarks.forking import goes_on
+from djinn_fx.benchmarks.forking import LENGTHS, goes_on
 from djinn_fx.benchmarks.interacting.bench import Bench
 from djinn_fx.benchmarks.record import Json
 

@@ -119,6 +119,21 @@ def test_every_way_of_copying_brings_every_byte() -> None:
     assert seen == 4
 
 
+def test_a_row_is_sent_as_checkpoints_send_it() -> None:
+    copying = Copying.like(tiny(), 1 << 16)
+    assert copying.row is not None
+    assert sum(tensor.nbytes for tensor in copying.tensors) == copying.nbytes <= 1 << 16
+    ours = {way.name: way for way in ways(copying)}["a row as checkpoints send it (ours)"]
+    assert ours.absent is None and ours.arrived()
+    copying.spoil()
+    assert not ours.arrived()
+    own: list[float] = []
+    copying.begin(ours, own)
+    assert ours.arrived() and len(own) == 1
+    copying.row.arena.layers[0][0][0, 0, 0] += 1
+    assert not ours.arrived()
+
+
 def test_checkpoints_and_forks_are_exact(tmp_path: Path) -> None:
     found = record("checkpoint")
     assert found.right, [check for check in found.checks if not check.held]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from djinn_fx.kernels.rows import Rows
+from djinn_fx.kernels import triton_rows
+from djinn_fx.kernels.rows import Piece, Rows
 
 #: Heads, dim of each arena: keys and values alike, narrower values, layers of their own width.
 SHAPES = {
@@ -47,6 +48,7 @@ def check_all(rows: Rows, count: int, limit: int) -> None:
     assert torch.equal(packed, expected)
     for view, layer in zip(rows.layout.views(packed, count), before, strict=True):
         assert torch.equal(raw(view), raw(layer[1, :, :count]))
+    check_along(rows, pieces, packed)
 
     for piece in pieces:
         staging[: piece.nbytes] = packed[piece.offset : piece.offset + piece.nbytes].to(staging.device)
@@ -64,6 +66,27 @@ def check_all(rows: Rows, count: int, limit: int) -> None:
     for layer in before:
         layer[1] = 0
     assert_equal(layers, before)
+
+
+def check_along(rows: Rows, pieces: list[Piece], packed: Tensor) -> None:
+    """Pack with another tensor behind the piece, one dtype after the other; the gap between them stays as it was."""
+    # Bytes that are no multiple of 16, one byte, several tiles; other dtypes each time.
+    along: list[tuple[tuple[int, ...], torch.dtype]] = [
+        ((5, 7), torch.bfloat16),
+        ((1,), torch.uint8),
+        ((3 * triton_rows.TILE // 8 + 3,), torch.float64),
+    ]
+    for piece in pieces[-1:]:
+        for shape, dtype in along:
+            bits = torch.randint(256, (*shape, dtype.itemsize), dtype=torch.uint8)
+            extra = bits.view(dtype).squeeze(-1).to(rows.arenas[0].device)
+            at = -(-piece.nbytes // 64) * 64 + 64
+            out = torch.full((at + extra.nbytes + 32,), 0xAA, dtype=torch.uint8).to(extra.device)
+            rows.pack(1, piece, out, extra, at)
+            found = out.cpu()
+            assert torch.equal(found[: piece.nbytes], packed[piece.offset : piece.offset + piece.nbytes])
+            assert torch.equal(found[at : at + extra.nbytes], raw(extra))
+            assert found[piece.nbytes : at].eq(0xAA).all() and found[at + extra.nbytes :].eq(0xAA).all()
 
 
 def assert_equal(found: tuple[Tensor, ...], wanted: list[Tensor]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import random
 import threading
+import weakref
 from typing import Any, cast
 
 import pytest
@@ -15,6 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 import djinn_fx as djinn
 from djinn_fx.runtime import pinned
 from djinn_fx.runtime.pinned import ALIGNMENT, SLACK, Block, HostPool
+from djinn_fx.runtime.slab import Slab
 
 SLAB, LIMIT = 8192, 40000
 
@@ -180,7 +182,7 @@ def test_pinned_slabs() -> None:
     assert large.tensor.is_pinned() and pool.capacity == (64 << 20) + (100 << 20) * 9 // 8
 
 
-class Slow(pinned._Slab):
+class Slow(Slab):
     """A slab that is long in the making, or cannot be made."""
 
     may, made = threading.Event(), 0
@@ -197,7 +199,7 @@ class Slow(pinned._Slab):
 
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> type[Slow]:
-    monkeypatch.setattr(pinned, "_Slab", Slow)
+    monkeypatch.setattr(pinned, "Slab", Slow)
     Slow.may, Slow.failing, Slow.made = threading.Event(), None, 0
     return Slow
 
@@ -223,6 +225,33 @@ def test_who_needs_the_slab_that_is_coming_waits_for_it(slow: type[Slow]) -> Non
     threading.Timer(0.05, slow.may.set).start()
     held.append(pool.take(SLAB * 2 // 3))
     assert slow.made == 2 and pool.capacity == 2 * SLAB
+
+
+def test_the_first_slab_is_made_before_anybody_needs_it(slow: type[Slow]) -> None:
+    pool = HostPool(4 * SLAB, pinned=False, slab=SLAB, ahead=True)
+    pool.prepare()
+    pool.prepare()
+    assert slow.made == 0 and pool._coming is not None and pool.capacity == SLAB
+    slow.may.set()
+    pool._coming.join()
+    block = pool.take(SLAB // 4)
+    pool.prepare()
+    assert slow.made == 1 and pool._coming is None and block.tensor.numel() == SLAB // 4
+    HostPool(4 * SLAB, pinned=False, slab=SLAB).prepare()
+    assert slow.made == 1
+
+
+def test_a_block_outlives_its_pool_and_takes_the_slab_with_it() -> None:
+    pool = HostPool(SLAB, pinned=False, slab=SLAB)
+    view = pool.take(512).tensor.view(torch.int32)[5:].fill_(3)
+    gone: list[bool] = []
+    weakref.finalize(pool._slabs[0].memory, gone.append, True).atexit = False  # as pinned memory is unpinned
+    del pool
+    gc.collect()
+    assert not gone and bool(view.eq(3).all())
+    del view
+    gc.collect()
+    assert gone
 
 
 @pytest.mark.parametrize("error", [OSError, ValueError])

@@ -77,9 +77,9 @@ ACTS: dict[str, Callable[[djinn.Dj, Run, Path], Any]] = {
 
 #: What refuses, and which acts it stops: a name for each allocation on a session's way.
 SEAMS: dict[str, tuple[Any, str, BaseException, tuple[str, ...]]] = {
-    "the host's slab": (pinned, "_Slab", MemoryError("no"), ("offload", "checkpoint", "save", "restore")),
+    "the host's slab": (pinned, "Slab", MemoryError("no"), ("offload", "checkpoint", "save", "restore")),
     "cudaHostAlloc": (
-        pinned, "_Slab", RuntimeError("CUDA error: out of memory"), ("offload", "checkpoint", "save", "restore"),
+        pinned, "Slab", RuntimeError("CUDA error: out of memory"), ("offload", "checkpoint", "save", "restore"),
     ),
     "a stop's value": (checkpoint, "snapshot", DEVICE, ("checkpoint", "save", "restore")),
     "packing": ("packer", "pack", DEVICE, ("offload", "checkpoint", "save", "restore")),
@@ -101,7 +101,7 @@ def test_memory_that_runs_out_leaves_every_session_usable(
     runs = begun(dj, steps)
     if act == "return":
         runs[1].session.offload()
-    if name == "_Slab":
+    if name == "Slab":
         dj.engine.pool._slabs.clear()  # so that one is needed
     place = dj.engine.arena.packer if place == "packer" else place
     with monkeypatch.context() as patched:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import gc
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -27,12 +25,10 @@ from tests.runtime.checkpoint_cases import (
     small_dj,
     start,
 )
+from tests.runtime.holding import hold_up, no_waiting
 from tests.runtime.tiny import make_model, some
 
 pytestmark = pytest.mark.gpu
-
-#: Cycles that a stream sleeps: tens of milliseconds, longer than everything that a test enqueues behind.
-LONG = 100_000_000
 
 
 @cache
@@ -58,31 +54,6 @@ def stopped(dj: djinn.Dj, count: int = 4, seed: int = 5) -> Run:
     for _ in range(count):
         edit(next(run))
     return run
-
-
-def hold_up(dj: djinn.Dj) -> None:
-    """Let the copy stream sleep: what is sent now is packed much later, unless somebody waits for it."""
-    stream = dj.engine.transfer._stream
-    assert stream is not None
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(LONG)
-
-
-@contextmanager
-def no_waiting() -> Iterator[None]:
-    """Fail if the host waits for the device, which is kept busy meanwhile."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that the mode is a prototype
-        torch.cuda.set_sync_debug_mode("error")
-    torch.cuda.synchronize()
-    torch.cuda._sleep(LONG)
-    busy = torch.cuda.Event()
-    busy.record()
-    try:
-        yield
-        assert not busy.query(), "the call returned only when the device was through"
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def kv_of(session: Session, length: int) -> list[torch.Tensor]:
