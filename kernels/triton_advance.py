@@ -65,17 +65,19 @@ def begin(
     value, place, own, differs = taken or (flags, flags, flags, ints)
     size = value.nbytes if taken else 0
     parts = -(-nbytes // TILE) if anew else 0
-    arguments = (
-        message, ints, count, raised, flags, nbytes, parts, value, place, own, differs, size,
-        lanes, next_power_of_2(lanes), TILE,
-    )  # fmt: skip
     grid, key = (1 + parts + -(-size // TILE), 1, 1), (value.dtype, taken is None)
-    kernel = kernels.get(key)
+    numbers, kernel = (size, lanes, next_power_of_2(lanes), TILE), kernels.get(key)
     if kernel is None:
         with torch.cuda.device_of(ints):
-            kernels[key] = _begin[grid](*arguments, num_warps=2)
+            kernels[key] = _begin[grid](
+                message, ints, count, raised, flags, nbytes, parts, value, place, own, differs, *numbers, num_warps=2
+            )
     else:
-        kernel[grid](*arguments)
+        # Addresses: a tensor would be asked for its own, and the driver whether it is one, at several times the cost.
+        kernel[grid](
+            message.data_ptr(), ints.data_ptr(), count, raised.data_ptr(), flags.data_ptr(), nbytes, parts,
+            value.data_ptr(), place.data_ptr(), own.data_ptr(), differs.data_ptr(), *numbers,
+        )  # fmt: skip
 
 
 @jit(do_not_specialize=("count", "nbytes", "parts", "size"))

@@ -29,13 +29,14 @@ def take(value: Tensor, before: Tensor, own: Tensor, differs: Tensor, kernels: d
     nbytes = value.nbytes
     wide = not (nbytes % 16 or value.data_ptr() % 16 or before.data_ptr() % 16 or own.data_ptr() % 16)
     grid, key = (-(-nbytes // TILE), 1, 1), (value.dtype, wide)
-    arguments = (value, before, own, differs, nbytes, wide, TILE)
     kernel = kernels.get(key)
     if kernel is None:
         with torch.cuda.device_of(own):
-            kernels[key] = _take[grid](*arguments, num_warps=WARPS)
+            kernels[key] = _take[grid](value, before, own, differs, nbytes, wide, TILE, num_warps=WARPS)
     else:
-        kernel[grid](*arguments)
+        # Addresses, as :func:`djinn_fx.kernels.triton_advance.begin` gives them.
+        places = (value.data_ptr(), before.data_ptr(), own.data_ptr(), differs.data_ptr())
+        kernel[grid](*places, nbytes, wide, TILE)
 
 
 @jit(do_not_specialize=("nbytes",), do_not_specialize_on_alignment=("value", "before", "own", "differs"))

@@ -106,10 +106,11 @@ class HostPool:
         lease = None
         while lease is None:
             with self._lock:
-                self._reap()
                 lease = self._find(size)
                 if lease is not None and (not self._ahead or self._has(size)):
-                    break  # almost always
+                    break  # almost always; what was dropped is looked at when room is short, which saves a call a block
+                self._reap()
+                lease = lease or self._find(size)
                 coming, leaving = self._coming, self._waiting()
                 covered = lease is None and self._places(size, leaving) > 0
                 if lease is None and coming is None and not covered:

@@ -127,6 +127,7 @@ def test_memory_dropped_while_a_copy_fills_it_is_not_given_away(monkeypatch: pyt
     assert kept.parked is not None and kept.parked.block.tensor.data_ptr() != place
     cuda.drain()
     assert_sent(kept, wanted, None)
+    assert transfer._pool.used  # to be asked, it looks at what was dropped
     again = transfer.send(1, POSITIONS)
     assert again.parked is not None and again.parked.block.tensor.data_ptr() == place and not transfer._flying
     cuda.drain()
