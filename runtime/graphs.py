@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -97,19 +97,34 @@ class Replayed:
 
     def _remainder(self, first: int) -> Runnable:
         made = sorted({name for segment in self.program.segments[first:] for name in segment.outputs})
+        beside = None if self._stream is None else torch.cuda.Stream(self._stream.device)
 
         @torch.no_grad()
         def step() -> None:
             env = dict(self.values)
             run_segments(self.program, env, first, len(self.program.segments) - 1)
+            with _branch(beside):  # whoever waits for the token does not wait for these copies
+                copy_all([self.values[name] for name in made], [env[name] for name in made])
             self._end(env)
-            copy_all([self.values[name] for name in made], [env[name] for name in made])
+            if beside is not None:
+                torch.cuda.current_stream(beside.device).wait_stream(beside)
 
         if self._stream is None or self.step.graph is None:
             return Runnable(step)
         values = [self.values[name] for name in made]
         copy_all(values, [value.clone() for value in values])  # so that no kernel is loaded in a capture
         return _captured(step, self._stream, None, again=self.step.graph)
+
+
+@contextmanager
+def _branch(stream: Stream) -> Iterator[None]:
+    """Inside, work goes to another stream, behind what the current one was given; None: to the current one."""
+    if stream is None:
+        yield
+        return
+    stream.wait_stream(torch.cuda.current_stream(stream.device))
+    with torch.cuda.stream(stream):
+        yield
 
 
 def capture(program: Program, inputs: Env, slot: torch.Tensor, ring: torch.Tensor, stream: Stream) -> Replayed:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -158,28 +158,23 @@ class DecodeLoop:
         last = self._last
         return last is poised.launch and self._alone(last) and self.lanes.written[poised.seat.lane] is poised.now
 
-    def go(self, poised: Poised, value: torch.Tensor, question: Question) -> Callable[[], Launch]:
-        """Send the value of a poised step that :meth:`fits` to the device.
+    def go(self, poised: Poised, value: torch.Tensor, question: Question) -> Launch:
+        """Run a poised step that :meth:`fits` with a value.
 
         Args:
             poised: the step.
             value: as its place; aligned.
             question: whether it differs from what was there.
-
-        Returns:
-            what runs the step; to be called at once.
         """
+        replayed, seat, shape = poised.replayed, poised.seat, poised.launch.shape
         poised.launch.end()
-        self._last, rows = None, poised.launch.shape.rows
+        self._last = None
         taken = (value, poised.place, poised.own, question.word)
-        self.lanes.inject(poised.seat.lane, poised.plan, poised.numbers, rows, self._number, taken)
+        self.lanes.inject(seat.lane, poised.plan, poised.numbers, shape.rows, self._number, taken)
         question.asked()
-        return partial(self._on, poised)
-
-    def _on(self, poised: Poised) -> Launch:
-        replayed, lane, shape = poised.replayed, poised.seat.lane, poised.launch.shape
         self._run(replayed, poised.begin)
-        made = Launch(shape, replayed.program.variant, {lane: poised.seat}, self.lanes, replayed.logits, self._number)
+        rows = {seat.lane: seat}
+        made = Launch(shape, replayed.program.variant, rows, self.lanes, replayed.logits, self._number)
         self._last = self._counted(made)
         return made
 

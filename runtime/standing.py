@@ -70,20 +70,20 @@ def go_on(engine: Engine, run: Run) -> bool:
             return False
         if not loop.fits(poised) or not _undisturbed(engine, run, flight, poised):
             return False
-        value = stop.checked_value()
+        value = stop.fitting()
         if not aligned(value):
             return False
         question = engine.doubts.question()
         try:
             flight.values = None  # nobody needs what the step had left
-            run_on = loop.go(poised, value, question)
+            launch = loop.go(poised, value, question)
             flight.step, flight.doubt = poised.edited, (stop.site, engine.doubts.about(poised.own, question))
             run.stand_at(None)
         except BaseException:
             flight.replace(stop.place, Doubt(value.clone(), True))  # it cannot be compared any more: it is an edit
             run.stand_at(None)
             raise
-        flight.values = run_on().serves(BatchRow(session.row, poised.edited, wants(run)))
+        flight.values = launch.serves(BatchRow(session.row, poised.edited, wants(run)))
         flight.answers = flight.drawn = None
     return True
 

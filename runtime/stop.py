@@ -157,8 +157,12 @@ class Stop(Shown):
         Raises:
             InvalidValue: its shape, dtype or device was changed, by ``stop.value.data = ...`` or in place.
         """
+        return self.fitting().detach()
+
+    def fitting(self) -> torch.Tensor:
+        """:meth:`checked_value`, for those who only read it."""
         self._require_fit(self._value)
-        return self.content
+        return self._value
 
     @property
     def written(self) -> bool:
