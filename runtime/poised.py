@@ -1,8 +1,8 @@
 """Poised steps: a decode step at a stop, ready to run on with another value there.
 
-A run that somebody edits goes on as soon as its device has the value. All else that its step needs is known when it
-stops, while the device is still busy: which program, from which segment on, what its tables and inputs must hold. So it
-is prepared then, and what is left to do when the run goes on is one message and one graph.
+A run that somebody edits goes on as soon as its device has the value. All else that its step needs is known before:
+which program, from which segment on, what its tables and inputs must hold. So it is prepared when the user asks for the
+value, and what is left to do when the run goes on is one message and one graph.
 """
 
 from __future__ import annotations

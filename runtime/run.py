@@ -165,7 +165,7 @@ class Run(Shown):
     def stand_at(self, stop: Stop | None) -> None:
         """Record where the run stands; earlier stops become stale."""
         if self._stop is not None:
-            self._stop.poised = None  # whoever keeps the stop shall not keep what it takes to go on from it
+            self._stop.left()
         self._stop = stop
 
     @property

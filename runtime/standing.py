@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING
+
+import torch
 
 from djinn_fx.runtime.doubt import Doubt
 from djinn_fx.runtime.flight import Flight
@@ -38,19 +42,19 @@ def deliver(engine: Engine, run: Run, site: Site, fired: Sequence[int], *, alone
         value = flight.value(site).clone()
         if flight.chunk is not None:
             flight.chunk.save()
-        poised = _poise(engine, run, flight, site) if alone else None
-    stop = Stop(run, site, flight.step, value, fired, poised)
+    stop = Stop(run, site, flight.step, value, fired, partial(_poise, engine, run, flight) if alone else None)
     run.stand_at(stop)
     run.interrupted = False
     return stop
 
 
-def _poise(engine: Engine, run: Run, flight: Flight, site: Site) -> Poised | None:
-    """Make the step in the air ready to run again with another value of a site, where it is a decode step."""
-    loop, values = engine.loop, flight.values
-    if loop is None or not isinstance(values, LaunchValues):
-        return None
-    return loop.poise(BatchRow(run.session.row, flight.step), values.launch, site)
+def _poise(engine: Engine, run: Run, flight: Flight) -> Poised | None:
+    """Make the step in the air ready to run again with another value where its run stands, if it is a decode step."""
+    with engine.lock, outside_inference(), suppress(torch.OutOfMemoryError):
+        stop, values, loop = run.stop, flight.values, engine.loop
+        if stop is not None and run.flight is flight and loop is not None and isinstance(values, LaunchValues):
+            return loop.poise(BatchRow(run.session.row, flight.step), values.launch, stop.place)
+    return None
 
 
 @without_grad

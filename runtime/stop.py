@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -41,10 +41,12 @@ class Stop(Shown):
         step: Step,
         value: torch.Tensor,
         fired: Sequence[int],
-        poised: Poised | None = None,
+        poise: Callable[[], Poised | None] | None = None,
     ) -> None:
         self._run, self._site, self._step, self._value = run, site, step, value
-        self._fired, self._kind, self.poised = tuple(fired), _kind(value), poised
+        self._fired, self._kind = tuple(fired), _kind(value)
+        self._poise = poise
+        self.poised: Poised | None = None
         self._given, self._seen = (value, value._version), False
         self._lent, self._lending = False, threading.RLock()
         self.held = False
@@ -121,7 +123,8 @@ class Stop(Shown):
                     lent.record_stream(torch.cuda.current_stream(lent.device))
                 self._value, self._given, self._lent = mine, (mine, mine._version), False
             self._seen = True
-            return self._value
+        self._make_ready()
+        return self._value
 
     @value.setter
     def value(self, new: torch.Tensor) -> None:
@@ -137,6 +140,17 @@ class Stop(Shown):
         mine = new.clone()
         with self._lending:
             self._value, self._lent = mine, False
+        self._make_ready()
+
+    def _make_ready(self) -> None:
+        """Whoever has the value may write to it: see that the run can go on at once then."""
+        poise, self._poise = self._poise, None
+        if poise is not None:
+            self.poised = poise()
+
+    def left(self) -> None:
+        """The run went on; whoever keeps the stop shall not keep what it took to go on from it."""
+        self._poise = self.poised = None
 
     @property
     def content(self) -> torch.Tensor:

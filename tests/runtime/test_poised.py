@@ -221,3 +221,18 @@ def test_another_shape_is_refused_and_nothing_is_lost(pair: tuple[djinn.Dj, djin
         next(run)
         (injected,) = [step.injections for step in [run.flight.step] if run.flight is not None]  # type: ignore[union-attr]
         assert_same_bits(injected["resid_post.0"], kept)
+
+
+def test_a_step_is_made_ready_when_its_value_is_asked_for_and_forgotten_when_it_goes_on(
+    pair: tuple[djinn.Dj, djinn.Dj],
+) -> None:
+    with pair[0].session() as session:
+        run = run_of(pair[0], session)
+        stop = next(run)
+        assert stop.poised is None
+        scaled(pair[0], stop)
+        assert stop.poised is not None and stop.poised.begin > 0
+        other = next(run)
+        assert stop.poised is None and stop.value is not None and stop.poised is None
+        other.value = other.content * 2
+        assert other.poised is not None
