@@ -99,8 +99,10 @@ class Kept(NamedTuple):
 class Checkpoint:
     """A session at one moment: ``stop.checkpoint()`` and ``session.checkpoint()`` make one.
 
-    It lives in host memory, is independent of what its session does later, and can be restored any number of times,
-    after the session was closed too. It keeps the model's weights alive, because :meth:`save` writes their fingerprint.
+    It lives in host memory, is independent of what its session does later, and can be restored any number of times
+    with ``dj.restore``, after the session was closed too; :meth:`save` puts it on disk. Its memory is free again once
+    nothing refers to it. It keeps the model's weights alive, because :meth:`save` writes their fingerprint. Its copies
+    may be under way at first: whatever looks into it (``nbytes``, ``repr``, saving, restoring) waits for them.
     """
 
     def __init__(
@@ -145,12 +147,13 @@ class Checkpoint:
     def save(self, path: str | os.PathLike[str]) -> Path | str:
         """Write it, with the fingerprint of the weights as they are now, whole or not at all.
 
-        Returns what ``dj.restore`` takes: the path of a local file, the address of any other.
-
         Any address of fsspec will do, such as ``memory://name``; see docs/checkpoints.md for what is whole there.
         Decoding goes on meanwhile: nothing here takes the engine's lock.
 
         A breakpoint whose ``when=`` is a function of your own is left out, with a warning.
+
+        Returns:
+            what ``dj.restore`` takes: the path of a local file, the address of any other.
 
         Raises:
             CheckpointError: the file could not be written; nothing changed under the name.
