@@ -46,7 +46,7 @@ class Keeping:
             InvalidValue: neither a checkpoint nor where one is.
         """
         self._alive()
-        if not isinstance(checkpoint, Checkpoint | str | bytes | os.PathLike):
+        if not isinstance(checkpoint, Checkpoint | str | os.PathLike):
             raise InvalidValue(
                 f"dj.restore takes a Checkpoint, or the path or address that its save() returned, got "
                 f"{type(checkpoint).__name__}. A stop or a session gives one: stop.checkpoint()."
