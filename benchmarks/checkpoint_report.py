@@ -64,8 +64,9 @@ def _sessions(part: Json) -> list[Table]:
 
 def _at_stop(part: Json) -> list[Table]:
     row = [str(part["tokens"]), str(part["layer"]), mebibytes(part["bytes"])]
-    note = f"The session stands in its prompt; of the bytes, one activation is {mebibytes(part['activation_bytes'])}."
-    note += " Its driver calls alone: the copies to the host, a packing launch if there is KV, and the events between."
+    note = f"The session stands in its prompt; of the bytes, one activation is {mebibytes(part['activation_bytes'])}. "
+    note += "The rest is KV of earlier chunks; that of the chunk where it stands is computed again when it is restored."
+    note += " Its driver calls alone: the copy to the host, a packing launch if there is KV, and the events between."
     heads = ["tokens", "layer", "bytes", "call returns, ms", "its driver calls alone, ms", "safe, ms"]
     cells = [figure(part["dispatch"]), figure(part.get("driver_calls", {"absent": "no GPU"})), figure(part["whole"])]
     return [Table("Checkpoint at a stop", heads, [[*row, *cells]], note)]

@@ -14,7 +14,7 @@ from djinn_fx.benchmarks.models import Loaded
 from djinn_fx.kernels import pack as packing
 from djinn_fx.program import KVSpec
 from djinn_fx.runtime.arena import KVArena
-from djinn_fx.runtime.pinned import HostPool
+from djinn_fx.runtime.pinned import SLAB, HostPool
 from djinn_fx.runtime.transfer import Sent, Transfer
 
 #: Positions of a row beyond the prefix that is copied: what makes the tensors strided.
@@ -40,7 +40,9 @@ class Row:
         nbytes = length * self.arena.packer.width
         self.transfer = Transfer(self.arena, HostPool(4 * nbytes + (256 << 20), pinned=device.type == "cuda"))
         self.sent: Sent | None = None
-        for _ in range(3):  # memory is pinned, kernels are compiled; each is there before the last one goes
+        # Memory is pinned, kernels are compiled; each is there before the last one goes. Ordinary memory gets its pages
+        # when it is first written, and a pool goes round its whole slab.
+        for _ in range(3 if device.type == "cuda" else 3 + min(64, SLAB // nbytes)):
             self.send()
 
     def send(self) -> None:

@@ -85,7 +85,14 @@ def _bars(axes: Axes, picture: Picture) -> None:
         entries += [(str(label), value, COLOURS[index % len(COLOURS)]) for label, value in points]
     places = range(len(entries))
     drawn: Any = axes.barh(places, [value for _, value, _ in entries], color=[colour for *_, colour in entries])
-    axes.bar_label(drawn, labels=[number(value) for _, value, _ in entries], padding=5)
+    plain = ["" if label in picture.spans else number(value) for label, value, _ in entries]
+    axes.bar_label(drawn, labels=plain, padding=5)
+    for place, (label, value, _) in enumerate(entries):
+        if label in picture.spans:  # the number stands behind the interval, not in it
+            low, high = picture.spans[label]
+            axes.plot((low, high), (place, place), color="#222222", linewidth=1.8, marker="|", markersize=9)
+            end = (max(value, high, 0.0), place)
+            axes.annotate(number(value), end, xytext=(7, 0), textcoords="offset points", va="center", fontsize=14)
     axes.set_yticks(places, [label for label, *_ in entries], fontsize=12)
     axes.invert_yaxis()
     for name, value in picture.floor.items():

@@ -38,6 +38,7 @@ class Picture:
         y: what the vertical axis shows.
         log: axes of lines with a logarithmic scale, of ``"x"`` and ``"y"``.
         floor: lines across the bars: what each says, and where it is.
+        spans: intervals of bars, by label: low and high.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Picture:
     y: str = ""
     log: str = ""
     floor: Mapping[str, float] = field(default_factory=dict)
+    spans: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 def missing(cell: Json) -> str | None:

@@ -43,8 +43,14 @@ class Keeping:
         Raises:
             CheckpointError: damaged, of another model, or (with ``exact``) of another environment.
             CapacityError, SiteNotCompiled.
+            InvalidValue: neither a checkpoint nor where one is.
         """
         self._alive()
+        if not isinstance(checkpoint, Checkpoint | str | os.PathLike):
+            raise InvalidValue(
+                f"dj.restore takes a Checkpoint, or the path or address that its save() returned, got "
+                f"{type(checkpoint).__name__}. A stop or a session gives one: stop.checkpoint()."
+            )
         loaded = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.load(checkpoint)
         return loaded.restore_into(self.engine, breakpoints=breakpoints, exact=exact)
 

@@ -29,7 +29,7 @@ from djinn_fx.runtime.fingerprint import (
 from djinn_fx.runtime.pinned import HostPool
 from djinn_fx.runtime.restore import fill, require_fit
 from djinn_fx.runtime.saved import Saved
-from djinn_fx.runtime.scarce import memory_for, without_memory
+from djinn_fx.runtime.scarce import lacks_memory, memory_for, no_memory
 from djinn_fx.runtime.snapshot import SessionState, Snapshot, snapshot
 from djinn_fx.runtime.transfer import Parked, Sent, fetch
 from djinn_fx.sites import SiteTable
@@ -99,8 +99,10 @@ class Kept(NamedTuple):
 class Checkpoint:
     """A session at one moment: ``stop.checkpoint()`` and ``session.checkpoint()`` make one.
 
-    It lives in host memory, is independent of what its session does later, and can be restored any number of times,
-    after the session was closed too. It keeps the model's weights alive, because :meth:`save` writes their fingerprint.
+    It lives in host memory, is independent of what its session does later, and can be restored any number of times
+    with ``dj.restore``, after the session was closed too; :meth:`save` puts it on disk. Its memory is free again once
+    nothing refers to it. It keeps the model's weights alive, because :meth:`save` writes their fingerprint. Its copies
+    may be under way at first: whatever looks into it (``nbytes``, ``repr``, saving, restoring) waits for them.
     """
 
     def __init__(
@@ -145,12 +147,13 @@ class Checkpoint:
     def save(self, path: str | os.PathLike[str]) -> Path | str:
         """Write it, with the fingerprint of the weights as they are now, whole or not at all.
 
-        Returns what ``dj.restore`` takes: the path of a local file, the address of any other.
-
         Any address of fsspec will do, such as ``memory://name``; see docs/checkpoints.md for what is whole there.
         Decoding goes on meanwhile: nothing here takes the engine's lock.
 
         A breakpoint whose ``when=`` is a function of your own is left out, with a warning.
+
+        Returns:
+            what ``dj.restore`` takes: the path of a local file, the address of any other.
 
         Raises:
             CheckpointError: the file could not be written; nothing changed under the name.
@@ -283,10 +286,9 @@ def take_checkpoint(session: Session, *, between: bool = False, beyond: bool = F
         taken, values = snapshot(session, between=between)
         sent = engine.transfer.send(row, session.length, values, beyond=beyond)
     except (MemoryError, RuntimeError) as error:  # by hand: as a context it costs more
-        named = without_memory(error, "a checkpoint")
-        if named is error:
+        if not lacks_memory(error):
             raise
-        raise named from error
+        raise no_memory(error, "a checkpoint") from error
     parked = session.host or sent.parked
     assert parked is not None
     kept = Kept(parked, session.length, engine.arena.names)

@@ -45,7 +45,10 @@ class ModuleStop(Shown):
         if self._run.stop is not self:
             raise StaleStop(f"cannot assign to stop.value: the run went on from {self.site!r}.")
         if not isinstance(new, torch.Tensor):
-            raise InvalidValue(f"stop.value at {self.site!r} must be a tensor, got {type(new).__name__}.")
+            raise InvalidValue(
+                f"stop.value at {self.site!r} must be a tensor, got {type(new).__name__}. Assign "
+                "torch.as_tensor(new).to(stop.value), or write a number in place: stop.value.fill_(number)."
+            )
         self._require_like(new)
         self._value = new.detach().clone()
 
@@ -63,7 +66,7 @@ class ModuleStop(Shown):
         if (new.shape, new.dtype, new.device) != self._like:
             raise InvalidValue(
                 f"stop.value at {self.site!r} is {tuple(shape)} {dtype} on {device}; cannot go on with "
-                f"{tuple(new.shape)} {new.dtype} on {new.device}."
+                f"{tuple(new.shape)} {new.dtype} on {new.device}. Assign a tensor like it, or write in place."
             )
 
     def describe(self) -> View:

@@ -106,6 +106,8 @@ class HostPool:
         lease = None
         while lease is None:
             with self._lock:
+                if not self._pinned:
+                    self._reap()  # memory that was in use is in the caches; where it is pinned, that does not count
                 lease = self._find(size)
                 if lease is not None and (not self._ahead or self._has(size)):
                     break  # almost always; what was dropped is looked at when room is short, which saves a call a block

@@ -24,16 +24,19 @@ def memory_for(what: str, after: str = UNCHANGED) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        named = without_memory(error, what, after)
-        if named is error:
+        # No name for the new error: a frame that keeps one is kept by it, with all that lies in the frames below.
+        if not lacks_memory(error):
             raise
-        raise named from error
+        raise no_memory(error, what, after) from error
 
 
-def without_memory(error: Exception, what: str, after: str = UNCHANGED) -> Exception:
-    """The :class:`CapacityError` that :func:`memory_for` raises for an error; itself if it is about something else."""
-    if isinstance(error, DjinnError) or not out_of_memory(error):
-        return error
+def lacks_memory(error: Exception) -> bool:
+    """Whether an error is to become a :class:`CapacityError`."""
+    return not isinstance(error, DjinnError) and out_of_memory(error)
+
+
+def no_memory(error: Exception, what: str, after: str = UNCHANGED) -> CapacityError:
+    """What :func:`memory_for` raises for an error that :func:`lacks_memory`."""
     said = str(error).partition("\n")[0][:200]
     return CapacityError(
         f"there is no memory for {what} ({type(error).__name__}: {said}). {after}. Free memory (del tensors, "

@@ -244,12 +244,15 @@ class Session(Residence, Shown):
     def checkpoint(self) -> Checkpoint:
         """A checkpoint of the session as it stands, also between runs and while stopped.
 
-        On CUDA the call returns at once: copies begin and nothing waits for them but ``checkpoint.wait()``.
+        It holds tokens, KV, sampler, steering and journal and, where the run stands at a stop, the stop and its value
+        as it is now. On CUDA the call returns at once: its copies go on while the model runs, and ``checkpoint.wait()``
+        waits for them. It waits itself where host memory has to be pinned first, or freed by earlier copies.
 
         Raises:
             SessionClosed: it was closed.
-            SessionBusy: a thread is driving its run right now.
-            CapacityError: no host memory is left (``pinned_bytes``).
+            SessionBusy: a thread is in the middle of a step of its run.
+            CapacityError: no host memory is left (``pinned_bytes``); nothing has changed.
+            InvalidValue: the stop's value was given another shape or dtype through ``.data``.
         """
         tiers = self.engine.tiers
 

@@ -31,7 +31,7 @@ class Stop(Shown):
     """A run, stopped after one site: where, why, and the activation, readable and writable.
 
     Changing ``value`` in place or assigning to it changes what the run goes on with. Once the run went on the stop is
-    stale: ``value`` stays readable, everything else raises :class:`StaleStop`.
+    stale: where and why it was, and ``value``, stay readable, every act raises :class:`StaleStop`.
     """
 
     def __init__(
@@ -106,14 +106,26 @@ class Stop(Shown):
 
     @property
     def tokens(self) -> torch.Tensor:
-        """The session's tokens up to and including ``position``, int64 ``[position + 1]`` on the CPU."""
+        """The session's tokens up to and including ``position``, int64 ``[position + 1]`` on the CPU.
+
+        They are those of the session as it is now: of a stale stop others, or fewer, once its run was rewound.
+        """
         return torch.tensor(self.session.token_list[: self._step.stop], dtype=torch.int64)
 
     # -- the activation ------------------------------------------------------------------------
 
     @property
     def value(self) -> torch.Tensor:
-        """The activation after steering, ``[tokens, *feature_shape]``, on the model's device."""
+        """The activation after steering, ``[tokens, *feature_shape]``, on the model's device: the stop's own copy.
+
+        What it holds when the run goes on is what the run goes on with; the same bits as before are no edit. Assigning
+        copies a tensor of the same shape, dtype and device: tensors read from here before are the stop's no more. On a
+        stale stop it can be read, writing into it changes nothing.
+
+        Raises:
+            InvalidValue: on assigning no tensor, one of another shape, dtype or device, or one that requires grad.
+            StaleStop: on assigning after the run went on.
+        """
         with self._lending:
             if self._lent:
                 lent = self._value
@@ -130,7 +142,10 @@ class Stop(Shown):
     def value(self, new: torch.Tensor) -> None:
         self.require_current("assign to stop.value")
         if not isinstance(new, torch.Tensor):
-            raise InvalidValue(f"stop.value at {self.site!r} must be a tensor, got {type(new).__name__}.")
+            raise InvalidValue(
+                f"stop.value at {self.site!r} must be a tensor, got {type(new).__name__}. Assign "
+                "torch.as_tensor(new).to(stop.value), or write a number in place: stop.value.fill_(number)."
+            )
         self._require_fit(new)
         if new.requires_grad:
             raise InvalidValue(
@@ -159,10 +174,14 @@ class Stop(Shown):
 
     def _require_fit(self, new: torch.Tensor) -> None:
         if _kind(new) != self._kind:
-            shape, dtype, device = self._kind
+            advice = "Assign new.to(stop.value)"
+            if new.layout != torch.strided:
+                advice = "Assign new.to_dense()"
+            elif new.shape != self._kind[0]:
+                advice = "Write a part with stop.value[i] = new"
             raise InvalidValue(
-                f"stop.value at {self.site!r} is {_words(shape, dtype, device)}; cannot assign {_describe(new)}. "
-                "Shape, dtype and device must be equal."
+                f"stop.value at {self.site!r} is {_words(*self._kind)}; cannot assign {_describe(new)}. "
+                f"Shape, dtype and device must be equal. {advice}."
             )
 
     def checked_value(self) -> torch.Tensor:
@@ -175,7 +194,11 @@ class Stop(Shown):
 
     def fitting(self) -> torch.Tensor:
         """:meth:`checked_value`, for those who only read it."""
-        self._require_fit(self._value)
+        if _kind(self._value) != self._kind:
+            raise InvalidValue(
+                f"stop.value at {self.site!r} is {_words(*self._kind)}, but through .data or in place it was made "
+                f"{_describe(self._value)}. Assign a tensor like the one it was: stop.value = new."
+            )
         return self._value
 
     @property
@@ -219,9 +242,10 @@ class Stop(Shown):
         """Raise :class:`StaleStop` unless the run still stands here."""
         if not self.current:
             self.session.require_open()
+            there = "" if self._run.stop is None else "run.stop, or "
             raise StaleStop(
                 f"cannot {act}: the run went on from this stop at {self.site!r}, position "
-                f"{self.position}. Use run.stop, or run.rewind(position={self.position}, "
+                f"{self.position}. Use {there}run.rewind(position={self.position}, "
                 f"site={self.site!r}) to come back here."
             )
 
@@ -259,7 +283,16 @@ class Stop(Shown):
         return engine.tiers.roomy(partial(engine.fork, self, n, seeds))
 
     def checkpoint(self) -> Checkpoint:
-        """Checkpoint the session here; the same as ``stop.session.checkpoint()``."""
+        """Checkpoint the session here, with the value as it is now; else as :meth:`Session.checkpoint`.
+
+        What is written to the value afterwards does not change the checkpoint.
+
+        Raises:
+            StaleStop: the run went on from here.
+            SessionClosed: the session was closed.
+            CapacityError: no host memory is left (``pinned_bytes``).
+            InvalidValue: the value was given another shape or dtype through ``.data``.
+        """
         self.require_current("checkpoint")
         return self.session.checkpoint()
 
@@ -285,13 +318,14 @@ class Stop(Shown):
         raise TypeError("a Stop does not pickle; use stop.checkpoint().save(path).")
 
 
-def _kind(tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
-    return tensor.shape, tensor.dtype, tensor.device
+def _kind(tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype, torch.device, torch.layout]:
+    return tensor.shape, tensor.dtype, tensor.device, tensor.layout
 
 
 def _describe(tensor: torch.Tensor) -> str:
     return _words(*_kind(tensor))
 
 
-def _words(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> str:
-    return f"{tuple(shape)} {str(dtype).removeprefix('torch.')} on {device}"
+def _words(shape: torch.Size, dtype: torch.dtype, device: torch.device, layout: torch.layout) -> str:
+    kind = "" if layout == torch.strided else f"{str(layout).removeprefix('torch.')} "
+    return f"{tuple(shape)} {kind}{str(dtype).removeprefix('torch.')} on {device}"

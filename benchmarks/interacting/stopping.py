@@ -86,16 +86,18 @@ def _resumes(bench: Bench, repeats: int) -> dict[str, Json]:
 
     On CUDA the first edits at a layer run the whole step again, until the graph of its rest is made; they are apart.
     """
-    count, first = repeats + 2, bench.context.size(FIRST, 0) if bench.device.type == "cuda" else 0
+    cuda = bench.device.type == "cuda"
+    count, first = repeats + 2, bench.context.size(FIRST, 0) if cuda else 0
     edited = {layer: _decode_resumes(bench, layer, count + first, 0.9) for layer in bench.layers}
     found: dict[str, Json] = {
         "step": summary(_token_gaps(bench, count), "ms"),
         "untouched": summary(_decode_resumes(bench, bench.middle, count, None), "ms"),
-        "edited": {str(layer): summary(times[first:], "ms") for layer, times in edited.items()},
     }
-    if first:
-        early = [time for times in edited.values() for time in times[: first - 3]]
-        found["edited_first"] = summary(early, "ms")
+    if first or not cuda:
+        found["edited"] = {str(layer): summary(times[first:], "ms") for layer, times in edited.items()}
+    if cuda:
+        early = first - 3 if first else count
+        found["edited_first"] = summary([time for times in edited.values() for time in times[:early]], "ms")
     return found
 
 

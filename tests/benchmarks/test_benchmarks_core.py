@@ -151,7 +151,8 @@ def test_pictures_are_drawn(tmp_path: Path) -> None:
         "lines", "Lines", "lines", {"a": [(1, 2.0), (4, 3.0)], "b": [(1, 4.0), (4, 2.0)]}, "MiB", "ms", "xy"
     )
     bars = Picture("bars", "Bars", "bars", {"us": [("plain", 1.0)], "them": [("x", 9.0)]}, "ms", floor={"floor": 0.5})
-    for picture in (lines, bars):
+    ranged = Picture("ranged", "Bars", "bars", {"us": [("plain", -1.0)]}, "%", spans={"plain": (-9.0, 7.0)})
+    for picture in (lines, bars, ranged):
         assert draw(picture, tmp_path).read_bytes().startswith(b"\x89PNG")
 
 

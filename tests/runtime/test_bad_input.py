@@ -130,19 +130,34 @@ def new_data(value: Tensor) -> Callable[[djinn.Dj, Session], object]:
 
 
 HERE = r"stop.value at 'resid_post.0' is \(4, 32\) float32 on cpu; cannot assign "
+MADE = r"stop.value at 'resid_post.0' is \(4, 32\) float32 on cpu, but through .data or in place it was made "
 VALUES: dict[str, Case] = {
     "shape": (assign(torch.zeros(4, 31)), djinn.InvalidValue, HERE + r"\(4, 31\) float32 on cpu.*must be equal"),
-    "broadcast": (assign(torch.zeros(WIDTH)), djinn.InvalidValue, HERE + r"\(32,\)"),
-    "dtype": (assign(torch.zeros(4, WIDTH).double()), djinn.InvalidValue, HERE + r"\(4, 32\) float64 on cpu"),
+    "broadcast": (assign(torch.zeros(WIDTH)), djinn.InvalidValue, HERE + r"\(32,\).*stop.value\[i\] = new"),
+    "dtype": (
+        assign(torch.zeros(4, WIDTH).double()),
+        djinn.InvalidValue,
+        HERE + r"\(4, 32\) float64 on cpu.*Assign new.to\(stop.value\)",
+    ),
     "device": (assign(torch.zeros(4, WIDTH, device="meta")), djinn.InvalidValue, HERE + r".* on meta"),
+    "layout": (
+        assign(torch.zeros(4, WIDTH).to_sparse()),
+        djinn.InvalidValue,
+        HERE + r"\(4, 32\) sparse_coo float32 on cpu.*Assign new.to_dense\(\)",
+    ),
     "grad": (
         assign(torch.zeros(4, WIDTH, requires_grad=True)),
         djinn.InvalidValue,
         r"requires grad.*tensor.detach\(\)",
     ),
-    "no tensor": (assign(3.0), djinn.InvalidValue, "'resid_post.0' must be a tensor, got float"),
-    "data of another shape": (new_data(torch.zeros(2, WIDTH)), djinn.InvalidValue, HERE + r"\(2, 32\)"),
-    "data of another dtype": (new_data(torch.zeros(4, WIDTH).double()), djinn.InvalidValue, HERE + r".*float64"),
+    "no tensor": (assign(3.0), djinn.InvalidValue, "must be a tensor, got float.*torch.as_tensor"),
+    "restore": (
+        lambda dj, s: dj.restore(s),
+        djinn.InvalidValue,
+        r"dj.restore takes a Checkpoint.*got Session.*stop.checkpoint\(\)",
+    ),
+    "data of another shape": (new_data(torch.zeros(2, WIDTH)), djinn.InvalidValue, MADE + r"\(2, 32\)"),
+    "data of another dtype": (new_data(torch.zeros(4, WIDTH).double()), djinn.InvalidValue, MADE + r".*float64"),
     "scale": (
         lambda dj, s: s.steer("resid_post.0", scale=torch.ones(3)),
         djinn.InvalidValue,

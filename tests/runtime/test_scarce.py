@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import time
+import weakref
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -250,3 +253,31 @@ def test_an_autosave_that_fails_in_any_way_goes_on(
         while (saver.errors or not saver.written) and time.monotonic() < deadline:
             time.sleep(0.01)
         assert saver.written
+
+
+@pytest.mark.parametrize("error", [MemoryError, djinn.CapacityError, RuntimeError])
+def test_a_call_without_memory_leaves_nothing_behind(
+    dj: djinn.Dj, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    """No frame and its error keep one another, and with them what the call had made: no collector is needed."""
+    stop, seen = begun(dj, 1)[0].stop, []
+    assert stop is not None
+
+    def refuse(*_: object, **__: object) -> None:
+        made = torch.zeros(3)
+        seen.append(weakref.ref(made))
+        raise error("no room")
+
+    gc.collect()
+    gc.disable()
+    try:
+        for owner, name, call in ((dj.engine.transfer, "send", stop.checkpoint), (dj.engine.arena, "copy", stop.fork)):
+            monkeypatch.setattr(owner, name, refuse)
+            with suppress(djinn.CapacityError, RuntimeError):
+                call()
+            assert seen[-1]() is None, name
+    finally:
+        gc.enable()
+    assert len(seen) == 2
+    for session in list(dj.engine.sessions):
+        session.close()

@@ -239,6 +239,8 @@ def test_a_stale_stop_can_be_read_but_not_used(one: djinn.Dj) -> None:
         assert_same_bits(stale.value, kept)
         stale.value.zero_()
         assert_same(run.result(), plain)
+        with pytest.raises(djinn.StaleStop, match=r"position 8\. Use run\.rewind\("):  # it stands nowhere any more
+            stale.step()
 
 
 # -- going on ------------------------------------------------------------------------------------
