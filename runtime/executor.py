@@ -215,7 +215,7 @@ class Executor:
     def _refill(self, chunk: Chunk) -> None:
         """Give a chunk on a stage all its inputs anew."""
         assert chunk.stage is not None
-        chunk.stage.refill(step_ints([chunk.row], chunk.program.shape, self.arena.spare_row), chunk.row)
+        chunk.stage.refill(chunk.row, self.arena.spare_row)
 
     def _stage(self, program: Program) -> Stage:
         assert self.stages is not None

@@ -38,17 +38,22 @@ class PromptBatch:
 
     Attributes:
         rows: tokens of each prompt.
-        places: for each prompt, the column of each of its tokens.
+        columns: for each prompt, the column of each of its tokens; None where none is a pad.
         width: columns of the user's layout.
         steps: where the one row is a session's: the steps in which it computed its tokens.
         before: keys and values of each layer at the positions before those steps, ``[heads, positions, dim]``.
     """
 
     rows: list[list[int]]
-    places: list[list[int]]
+    columns: list[list[int]] | None
     width: int
     steps: tuple[Step, ...] | None = None
     before: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()
+
+    @property
+    def places(self) -> list[list[int]]:
+        """For each prompt, the column of each of its tokens."""
+        return [list(range(len(row))) for row in self.rows] if self.columns is None else self.columns
 
     def spread(self, values: Sequence[torch.Tensor]) -> torch.Tensor:
         """Rows ``[tokens, ...]`` put into the user's layout ``[B, width, ...]``, zeros at pads."""
@@ -80,7 +85,7 @@ def prompt_batch(inputs: object, tokenizer: Tokenizer | None, vocab_size: int) -
         mask = (mask != 0).long()  # masks may be bool or float
     rows = _rows(inputs, tokenizer)
     if mask is None:
-        kept, places = rows, [list(range(len(row))) for row in rows]
+        kept, places = rows, None
     else:
         places = _places(rows, mask)
         kept = [row[where[0] : where[-1] + 1] if where else [] for row, where in zip(rows, places, strict=True)]

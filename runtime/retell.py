@@ -42,7 +42,7 @@ def retold(engine: Engine, session: Session) -> PromptBatch:
             raise InvalidValue("the session holds no tokens yet; begin a run first.")
         steps = [*session.journal, *_in_the_air(run)]
         steps += _ahead(run, steps[-1].stop if steps else 0, len(tokens))
-    return PromptBatch([tokens], [list(range(len(tokens)))], len(tokens), tuple(map(_alone, steps)))
+    return PromptBatch([tokens], None, len(tokens), tuple(map(_alone, steps)))
 
 
 def retold_step(engine: Engine, stop: Stop) -> PromptBatch:
@@ -65,7 +65,7 @@ def retold_step(engine: Engine, stop: Stop) -> PromptBatch:
         row, start = session.row, step.start
         kept = [(keys[row, :, :start].clone(), values[row, :, :start].clone()) for keys, values in engine.arena.layers]
         count = len(step.tokens)
-        return PromptBatch([list(step.tokens)], [list(range(count))], count, (step,), kept)
+        return PromptBatch([list(step.tokens)], None, count, (step,), kept)
 
     return engine.tiers.roomy(take)
 

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 
 from djinn_fx.program import Program
-from djinn_fx.runtime.copies import copy_all, send
+from djinn_fx.runtime.copies import Inbox, copy_all
 from djinn_fx.runtime.modes import outside_inference, without_grad
 from djinn_fx.runtime.segments import Env, run_segments
-from djinn_fx.runtime.tables import BatchRow, int_views, neutral_tables, write_steering
+from djinn_fx.runtime.tables import BatchRow, int_views, neutral_tables, write_ints, write_steering
 from djinn_fx.specs import ProgramShape, TableSpec, Variant
 
 #: Bytes that the buffers of a model's stages may take together.
@@ -119,6 +119,7 @@ class Stage:
         self, program: Program, specs: Sequence[TableSpec], ints: torch.Tensor, shared: Env, recorder: Recorder
     ) -> None:
         self._ints = ints.to(recorder.device)
+        self._inbox = Inbox(self._ints)
         self._neutral, self._written = {spec.name: spec.neutral for spec in specs}, set[str]()
         inputs = int_views(self._ints, program.shape) | neutral_tables(specs, recorder.device)
         self.program, self.shared = program, dict(shared)
@@ -145,14 +146,14 @@ class Stage:
         copy_all([self.env[name] for name in names], [chunk.env[name] for name in names])
         chunk.env, chunk.stage, self._on = self.env, self, weakref.ref(chunk)
 
-    def refill(self, ints: torch.Tensor, row: BatchRow) -> None:
+    def refill(self, row: BatchRow, spare_row: int) -> None:
         """Give the chunk that is on it its inputs anew.
 
         Args:
-            ints: the integer inputs, a host tensor, as where the stage was made.
-            row: what acts in it.
+            row: what it computes, and what acts in it.
+            spare_row: of the arena.
         """
-        send(ints, self._ints)
+        self._inbox.send(lambda ints: write_ints(ints, [row], self.program.shape, spare_row))
         for name in self._written:
             self.env[name].fill_(self._neutral[name])
         self._written = write_steering(self.env, [row], self.program.sites) if self._neutral else set()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from djinn_fx.program import KEEP, LENGTHS, POSITIONS, ROWS, TOKENS
@@ -86,15 +87,25 @@ def _padded(dims: tuple[int, ...]) -> int:
 
 
 def step_ints(batch: Sequence[BatchRow], shape: ProgramShape, spare_row: int) -> torch.Tensor:
-    """Tokens, positions, rows, lengths and kept indices of a batch, padded to ``shape``: one host tensor, int64.
+    """Tokens, positions, rows, lengths and kept indices of a batch, padded to ``shape``: one host tensor, int64."""
+    flat = np.empty(int_count(shape), dtype=np.int64)
+    write_ints(flat, batch, shape, spare_row)
+    return torch.from_numpy(flat)
+
+
+def write_ints(flat: npt.NDArray[np.int64], batch: Sequence[BatchRow], shape: ProgramShape, spare_row: int) -> None:
+    """:func:`step_ints` into memory that is there: ``[int_count(shape)]``.
 
     Batch rows beyond ``batch`` are dead: length 0, position 0, the spare arena row.
     """
-    flat = torch.zeros(int_count(shape), dtype=torch.int64)
-    views = {name: view.numpy() for name, view in int_views(flat, shape).items()}  # NumPy writes in half the time
+    flat.fill(0)
+    views, offset = {}, 0
+    for name, dims in _int_shapes(shape).items():
+        views[name] = flat[offset : offset + math.prod(dims)].reshape(dims)
+        offset += _padded(dims)
     views[ROWS].fill(spare_row)
     if not batch:
-        return flat
+        return
     count = len(batch)
     counts = np.array([len(row.step.tokens) for row in batch])
     starts = np.array([row.step.start for row in batch])
@@ -108,7 +119,6 @@ def step_ints(batch: Sequence[BatchRow], shape: ProgramShape, spare_row: int) ->
         first = np.maximum(counts - shape.keep, 0)
         kept = first[:, None] + np.arange(shape.keep)
         views[KEEP][:count] = np.minimum(kept, np.maximum(counts - 1, 0)[:, None])
-    return flat
 
 
 def step_inputs(batch: Sequence[BatchRow], shape: ProgramShape, spare_row: int, device: torch.device) -> Tables:
