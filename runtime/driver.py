@@ -128,6 +128,13 @@ class _Driving:
             raise
 
     def __exit__(self, *failure: object) -> None:
+        try:
+            self._give_back()
+        except BaseException:
+            self._give_back()
+            raise
+
+    def _give_back(self) -> None:
         now = time.monotonic()
         for run in self._runs:
             run.driver, run.session.paused_at = None, now
