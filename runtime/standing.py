@@ -114,13 +114,13 @@ def leave(engine: Engine, run: Run, flight: Flight) -> None:
         elif flight.chunk is not None:
             row = BatchRow(run.session.row, flight.step)
             engine.executor.refresh(flight.chunk, row)
+        run.stand_at(None)
     except BaseException:
         if flight.step is not before:
             # An interrupt: what was changed is in the step, perhaps not yet in what it left. So that runs again.
             flight.values = flight.chunk = None
             run.stand_at(None)
         raise
-    run.stand_at(None)
 
 
 def _take_over(engine: Engine, stop: Stop, flight: Flight) -> None:

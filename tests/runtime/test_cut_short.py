@@ -164,3 +164,21 @@ def test_moves_do_not_change_what_stands(dj: djinn.Dj) -> None:
 def some_flight(run: Run) -> Flight:
     assert run.flight is not None
     return run.flight
+
+
+@pytest.mark.parametrize("at", ["prompt", "generated"])
+def test_an_interrupt_where_a_stop_is_left_does_not_leave_half_of_it(dj: djinn.Dj, at: str) -> None:
+    """The edit is in the step by then; what the step had left is not there any more."""
+    run, twin = at_a_stop(dj, at), at_a_stop(dj, at)
+    expected, left = finish(twin), [KeyboardInterrupt]
+    inner = Run.stand_at
+
+    def stand_at(self: Run, stop: djinn.Stop | None) -> None:
+        if left:
+            raise left.pop()
+        inner(self, stop)
+
+    with mock.patch.object(Run, "stand_at", stand_at), pytest.raises(KeyboardInterrupt):
+        next(run)
+    assert_same(finish(run), expected)
+    assert injected(run) == injected(twin) != []
