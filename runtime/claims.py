@@ -69,8 +69,17 @@ def quiet(runs: Sequence[Run]) -> Iterator[None]:
                 run.silent = True
             yield
         finally:
-            for run in runs:
-                run.silent = False
+            try:
+                _heed(runs)
+            except BaseException:  # an interrupt must not leave them silent for ever
+                _heed(runs)
+                raise
+
+
+def _heed(runs: Sequence[Run]) -> None:
+    """Let runs stop at their breakpoints again."""
+    for run in runs:
+        run.silent = False
 
 
 def vouch(engine: Engine, runs: Sequence[Run]) -> None:

@@ -44,12 +44,16 @@ def rewind(engine: Engine, run: Run, index: int, site: Site) -> Stop:
     target = step.until(site.order, orders)
     kept, known = max(0, index - run.first_step) + _drawn_first(run), max(run.prompt_end, target.stop)
     start, steering, flight = target.start, target.steering_at(site.order), Flight(target)
-    run.stand_at(None)
-    # No call from here on: an interrupt comes before all of this, or after it.
-    del session.journal[index:], run.records[kept:], session.token_list[known:], session.sampled[known:]
-    session.length, session.last_logits, session.steering = start, None, steering
-    run.finished, run.finish_reason = False, None
-    run.flight = flight  # where memory runs out now, the run goes on from there
+    try:
+        # No call but the last: an interrupt comes before all of this, or after it.
+        del session.journal[index:], run.records[kept:], session.token_list[known:], session.sampled[known:]
+        session.length, session.last_logits, session.steering = start, None, steering
+        run.finished, run.finish_reason = False, None
+        run.flight = flight  # where memory runs out now, the run goes on from there
+        run.stand_at(None)
+    except BaseException:
+        run.stand_at(None)
+        raise
     return arrive(engine, run, target, site)
 
 

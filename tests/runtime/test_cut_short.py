@@ -98,7 +98,10 @@ def test_a_chunk_whose_edit_was_half_taken_over_begins_again(dj: djinn.Dj) -> No
     """The step has the value, what it left has not."""
     run, twin = at_a_stop(dj, "prompt"), at_a_stop(dj, "prompt")
     expected = finish(twin)
-    with mock.patch("djinn_fx.runtime.stages.Chunk.put", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+    with (
+        mock.patch("djinn_fx.runtime.stages.Chunk.put", side_effect=KeyboardInterrupt),
+        pytest.raises(KeyboardInterrupt),
+    ):
         next(run)
     assert_same(finish(run), expected)
     assert injected(run) == injected(twin) != []
@@ -131,14 +134,17 @@ class Once(list[Run]):
                 raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("count", range(1, 9))
+@pytest.mark.parametrize("count", range(1, 12))
 @pytest.mark.parametrize("kind", ["claimed", "driving", "quiet"])
 def test_nobody_is_driven_for_ever(dj: djinn.Dj, kind: str, count: int) -> None:
     runs = [start(dj.session(), []) for _ in range(2)]
     once = Once(runs, count)
-    contexts = {"claimed": lambda: claimed(once), "driving": lambda: driver._Driving(dj.engine, once)}
-    with suppress(KeyboardInterrupt), contexts.get(kind, lambda: quiet(once))():
-        pass
+    with suppress(KeyboardInterrupt):
+        if kind == "driving":
+            driver.iterate(dj.engine, once)
+        else:
+            with (claimed if kind == "claimed" else quiet)(once):
+                pass
     assert [(run.driver, run.owner, run.silent) for run in runs] == [(None, None, False)] * 2
 
 
@@ -164,6 +170,26 @@ def test_moves_do_not_change_what_stands(dj: djinn.Dj) -> None:
 def some_flight(run: Run) -> Flight:
     assert run.flight is not None
     return run.flight
+
+
+def test_a_rewind_that_is_interrupted_behind_its_stop_has_come_there(dj: djinn.Dj) -> None:
+    """The edit at the stop lies before the place that it went to."""
+    run, twin = at_a_stop(dj, "generated"), at_a_stop(dj, "generated")
+    expected, left = finish(twin).result, [KeyboardInterrupt]
+    inner = Run.stand_at
+
+    def stand_at(self: Run, stop: djinn.Stop | None) -> None:
+        inner(self, stop)
+        if left:
+            raise left.pop()
+
+    with mock.patch.object(Run, "stand_at", stand_at), pytest.raises(KeyboardInterrupt):
+        run.rewind(some(run.stop).position, "resid_post.1")
+    assert run.stop is None
+    found = run.result()
+    assert found.tokens.tolist() == expected.tokens.tolist()
+    assert_same_bits(found.logits, expected.logits)
+    assert injected(run) == injected(twin) != []
 
 
 @pytest.mark.parametrize("at", ["prompt", "generated"])
