@@ -258,6 +258,7 @@ class Dj(Looking, Keeping):
         self._alive()
         with self.engine.lock:
             if self._weights is not None:
+                self.engine.drop_ahead()
                 self._weights.reload()
 
     def explain(self) -> Explanation:

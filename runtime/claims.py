@@ -45,6 +45,13 @@ class claimed:
             raise
 
     def __exit__(self, *failure: object) -> None:
+        try:
+            self._give_back()
+        except BaseException:  # an interrupt must not leave them claimed for ever
+            self._give_back()
+            raise
+
+    def _give_back(self) -> None:
         for run, owner in zip(self._runs, self._before, strict=False):  # none where they were refused
             run.owner = owner
         if self._runs:
@@ -57,13 +64,22 @@ def quiet(runs: Sequence[Run]) -> Iterator[None]:
     with claimed(runs):
         for run in runs:
             run.require_still()
-        for run in runs:
-            run.silent = True
         try:
+            for run in runs:
+                run.silent = True
             yield
         finally:
-            for run in runs:
-                run.silent = False
+            try:
+                _heed(runs)
+            except BaseException:  # an interrupt must not leave them silent for ever
+                _heed(runs)
+                raise
+
+
+def _heed(runs: Sequence[Run]) -> None:
+    """Let runs stop at their breakpoints again."""
+    for run in runs:
+        run.silent = False
 
 
 def vouch(engine: Engine, runs: Sequence[Run]) -> None:

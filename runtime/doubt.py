@@ -53,16 +53,31 @@ class Doubt:
     Attributes:
         own: a copy of the value that nobody else writes; the value itself where it is known to be no edit.
         known: whether it differs from what was there; None as long as nobody asked the device.
+
+    Args:
+        own: see above.
+        known: see above.
+        ask: waits for the answer; it may be asked again.
+        told: called once the answer is known.
     """
 
-    def __init__(self, own: torch.Tensor, known: bool | None, ask: Callable[[], bool] | None = None) -> None:
-        self.own, self.known, self._ask = own, known, ask
+    def __init__(
+        self,
+        own: torch.Tensor,
+        known: bool | None,
+        ask: Callable[[], bool] | None = None,
+        told: Callable[[], None] | None = None,
+    ) -> None:
+        self.own, self.known, self._ask, self._told = own, known, ask, told
 
     def holds(self) -> bool:
         """Whether the value differs; waits until the device has compared it."""
         if self.known is None:
             assert self._ask is not None
             self.known = self._ask()
+            # Only now: an interrupt before this leaves the question to this doubt, which then asks it once more.
+            if self._told is not None:
+                self._told()
         return self.known
 
 
@@ -76,6 +91,7 @@ class Doubts:
     def __init__(self, device: torch.device) -> None:
         self._device, self._taking = device, Taking()
         self._free: list[Question] = []
+        self._made: list[Question] = []  # also those lost by an interrupt: the device may still write their answers
 
     def raised(self, value: torch.Tensor, before: torch.Tensor) -> Doubt:
         """Take a value over and begin to compare it; on CUDA nothing waits.
@@ -95,13 +111,11 @@ class Doubts:
 
     def question(self) -> Question:
         """A question that nobody has asked yet."""
-        return (self._free.pop() if self._free else Question(self._device)).reset()
+        if self._free:
+            return self._free.pop().reset()
+        self._made.append(Question(self._device))
+        return self._made[-1]
 
     def about(self, own: torch.Tensor, question: Question) -> Doubt:
         """The doubt that a question will settle."""
-        return Doubt(own, None, partial(self._answer, question))
-
-    def _answer(self, question: Question) -> bool:
-        differs = question.answer()
-        self._free.append(question)
-        return differs
+        return Doubt(own, None, question.answer, partial(self._free.append, question))

@@ -42,30 +42,42 @@ def iterate(engine: Engine, runs: Sequence[Run]) -> list[Stop]:
         InvalidPredicate: a predicate failed; its run stays where it was.
         InvalidValue: a stop's value was given another shape or dtype through ``.data``; every run stays where it was.
     """
-    with _Driving(engine, runs), outside_inference():
-        again = [list(runs)] if len(runs) == 1 and go_on(engine, runs[0]) else _come_and_leave(engine, runs)
-        asking.ask(engine, again)
-        for run in runs:
-            if run.flight is None and run.session.length == len(run.session.token_list):
-                _draw_first(engine, run)
-        alone = len(runs) == 1
-        stops = {id(run): _seek(engine, run, alone) for run in runs if run.flight is not None}
-        moving = [run for run in runs if not run.finished and not stops.get(id(run))]
-        with engine.lock:
-            cruising = len(moving) == len(runs) and cruise.fits(engine, moving)
-        if cruising:
-            cruise.cruise(engine, moving)
-            return []
-        with engine.lock:
-            groups, riding = _launch(engine, moving)
-        asking.ask(engine, groups)
-        others = riding.others(moving)
-        with engine.lock:
-            asking.draw_together(engine, groups)
-            _look_ahead(engine, others, groups, riding)
-        riders.arrive(engine, riding)
-        for run in others:
-            stops[id(run)] = _seek(engine, run, alone)
+    # Entered and left by one instruction each: an interrupt cannot leave the runs driven for ever.
+    with (held := threading.Lock()), outside_inference():
+        _drive(engine, runs, held)
+        try:
+            return _iterate(engine, runs)
+        finally:
+            now = time.monotonic()
+            for run in runs:
+                run.session.paused_at = now
+
+
+def _iterate(engine: Engine, runs: Sequence[Run]) -> list[Stop]:
+    """:func:`iterate` for a thread that drives the runs."""
+    again = [list(runs)] if len(runs) == 1 and go_on(engine, runs[0]) else _come_and_leave(engine, runs)
+    asking.ask(engine, again)
+    for run in runs:
+        if run.flight is None and run.session.length == len(run.session.token_list):
+            _draw_first(engine, run)
+    alone = len(runs) == 1
+    stops = {id(run): _seek(engine, run, alone) for run in runs if run.flight is not None}
+    moving = [run for run in runs if not run.finished and not stops.get(id(run))]
+    with engine.lock:
+        cruising = len(moving) == len(runs) and cruise.fits(engine, moving)
+    if cruising:
+        cruise.cruise(engine, moving)
+        return []
+    with engine.lock:
+        groups, riding = _launch(engine, moving)
+    asking.ask(engine, groups)
+    others = riding.others(moving)
+    with engine.lock:
+        asking.draw_together(engine, groups)
+        _look_ahead(engine, others, groups, riding)
+    riders.arrive(engine, riding)
+    for run in others:
+        stops[id(run)] = _seek(engine, run, alone)
     return [stop for run in runs if (stop := stops.get(id(run))) is not None]
 
 
@@ -106,31 +118,14 @@ def _come(engine: Engine, runs: Sequence[Run]) -> None:
     engine.tiers.bring_back(*(run.session for run in runs))
 
 
-class _Driving:
-    """A context in which this thread drives some runs; a class for the same reason as :class:`claimed`."""
-
-    def __init__(self, engine: Engine, runs: Sequence[Run]) -> None:
-        self._engine, self._runs = engine, runs
-
-    def __enter__(self) -> None:
-        runs, me, mine = self._runs, threading.get_ident(), False
-        try:
-            with self._engine.lock:
-                for run in runs:
-                    if run.driver is not None or run.owner is not None:
-                        run.require_still()
-                mine = True  # from here on an interrupt must not leave them driven for ever
-                for run in runs:
-                    run.driver = me
-        except BaseException:
-            if mine:
-                self.__exit__()
-            raise
-
-    def __exit__(self, *failure: object) -> None:
-        now = time.monotonic()
-        for run in self._runs:
-            run.driver, run.session.paused_at = None, now
+def _drive(engine: Engine, runs: Sequence[Run], held: threading.Lock) -> None:
+    """Let this thread drive some runs for as long as ``held`` is locked."""
+    with engine.lock:
+        for run in runs:
+            if run.driver is not None or run.owner is not None:
+                run.require_still()
+        for run in runs:
+            run.drive(held)
 
 
 @without_grad

@@ -199,8 +199,8 @@ class Engine:
         if session.resident:
             self.tiers.make_host_room(lambda: park(self, session))
 
-    def drop_ahead(self, row: int) -> None:
-        """What a step launched ahead wrote into a row is gone, so it cannot serve any more."""
+    def drop_ahead(self, row: int | None = None) -> None:
+        """What a step launched ahead wrote into a row, or into any, is gone or void, so it cannot serve any more."""
         if self._loop is not None:
             self._loop.drop(row)
 

@@ -83,8 +83,7 @@ class Flight:
     def replace(self, site: Site, doubt: Doubt) -> None:
         """Put the user's value in the place of a site's value; what follows is computed from it."""
         self.settle()
-        self.step = self.step.edited(site.name, doubt.own)
-        self.doubt = (site.name, doubt)
+        self.step, self.doubt = self.step.edited(site.name, doubt.own), (site.name, doubt)
         if self.chunk is None:
             self.values = None
             return

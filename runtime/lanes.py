@@ -211,8 +211,8 @@ class Lanes:
     def _flag(self, lane: int, now: Written, plan: Written) -> None:
         if now is not STALE and (now.edits is plan.edits or not (now.edits or plan.edits)):
             for index in {*now.injected} ^ {*plan.injected}:
-                self._host_flags[2, index, lane] = index in plan.injected
                 self._flags_changed = True
+                self._host_flags[2, index, lane] = index in plan.injected
             return
         flags = np.zeros(self._host_flags.shape[:2], dtype=bool)
         for index, armed in (plan.edits or {}).items():
@@ -221,8 +221,8 @@ class Lanes:
         for index in plan.injected:
             flags[2, index] = True
         if not np.array_equal(self._host_flags[:, :, lane], flags):
-            self._host_flags[:, :, lane] = flags
             self._flags_changed = True
+            self._host_flags[:, :, lane] = flags
 
     def _write_edit(
         self, index: int, lane: int, armed: Armed, targets: list[torch.Tensor], sources: list[torch.Tensor]

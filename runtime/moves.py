@@ -14,7 +14,7 @@ from djinn_fx.runtime.planner import flight_of
 from djinn_fx.runtime.run import Run
 from djinn_fx.runtime.scarce import memory_for
 from djinn_fx.runtime.session import Session
-from djinn_fx.runtime.standing import deliver, take_over
+from djinn_fx.runtime.standing import deliver, step_there
 from djinn_fx.runtime.steering import Armed
 from djinn_fx.runtime.steps import Steering, Step
 from djinn_fx.runtime.stop import Stop
@@ -38,20 +38,22 @@ def rewind(engine: Engine, run: Run, index: int, site: Site) -> Stop:
     """Go back to the step at journal ``index`` (the journal's length: the one in the air)."""
     session = run.session
     engine.bring_back(session)  # first of all: where there is no row for it, nothing is changed
-    if index == len(session.journal):
-        take_over(engine, run)  # the place may lie behind the stop, in the same step
-        flight_of(run).settle()
-    step = session.journal[index] if index < len(session.journal) else flight_of(run).step
+    # Of the step in the air: the place may lie behind the stop.
+    step = session.journal[index] if index < len(session.journal) else step_there(engine, run)
     orders = {known.name: known.order for known in engine.table.sites}
     target = step.until(site.order, orders)
     kept, known = max(0, index - run.first_step) + _drawn_first(run), max(run.prompt_end, target.stop)
     start, steering, flight = target.start, target.steering_at(site.order), Flight(target)
-    run.stand_at(None)
-    # No call from here on: an interrupt comes before all of this, or after it.
-    del session.journal[index:], run.records[kept:], session.token_list[known:], session.sampled[known:]
-    session.length, session.last_logits, session.steering = start, None, steering
-    run.finished, run.finish_reason = False, None
-    run.flight = flight  # where memory runs out now, the run goes on from there
+    try:
+        # No call but the last: an interrupt comes before all of this, or after it.
+        del session.journal[index:], run.records[kept:], session.token_list[known:], session.sampled[known:]
+        session.length, session.last_logits, session.steering = start, None, steering
+        run.finished, run.finish_reason = False, None
+        run.flight = flight  # where memory runs out now, the run goes on from there
+        run.stand_at(None)
+    except BaseException:
+        run.stand_at(None)
+        raise
     return arrive(engine, run, target, site)
 
 

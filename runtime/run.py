@@ -91,7 +91,7 @@ class Run(Shown):
         self.finish_reason: str | None = None
         self.finished = False
         self.end: int | None = None  # where the next call's tokens begin
-        self.driver: int | None = None  # the thread that is driving it
+        self._driven: tuple[int, threading.Lock] | None = None  # by which thread, for as long as that is locked
         self.stopped_early = False
         self.vouched = False  # whether the model's weights were looked at before its first step
         self.owner: int | None = None
@@ -205,6 +205,16 @@ class Run(Shown):
         if keep < len(session.token_list) and session.sampled[keep]:
             keep += 1
         del session.token_list[keep:], session.sampled[keep:]
+
+    @property
+    def driver(self) -> int | None:
+        """The thread that is driving it, if one is."""
+        driven = self._driven
+        return driven[0] if driven is not None and driven[1].locked() else None
+
+    def drive(self, held: threading.Lock) -> None:
+        """Let this thread drive it for as long as ``held`` is locked; the caller holds the engine's lock."""
+        self._driven = threading.get_ident(), held
 
     @property
     def driving(self) -> bool:

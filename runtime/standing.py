@@ -16,6 +16,7 @@ from djinn_fx.runtime.modes import outside_inference, without_grad
 from djinn_fx.runtime.planner import flight_of, wants
 from djinn_fx.runtime.poised import Poised, aligned
 from djinn_fx.runtime.run import Run
+from djinn_fx.runtime.steps import Step
 from djinn_fx.runtime.stop import Stop
 from djinn_fx.runtime.tables import BatchRow
 from djinn_fx.sites import Site
@@ -79,7 +80,7 @@ def go_on(engine: Engine, run: Run) -> bool:
             return False
         question = engine.doubts.question()
         try:
-            flight.values = None  # nobody needs what the step had left
+            flight.values = flight.answers = flight.drawn = None  # nobody needs what the step had left
             launch = loop.go(poised, value, question)
             flight.step, flight.doubt = poised.edited, (stop.site, engine.doubts.about(poised.own, question))
             run.stand_at(None)
@@ -88,7 +89,6 @@ def go_on(engine: Engine, run: Run) -> bool:
             run.stand_at(None)
             raise
         flight.values = launch.serves(BatchRow(session.row, poised.edited, wants(run)))
-        flight.answers = flight.drawn = None
     return True
 
 
@@ -105,36 +105,48 @@ def _undisturbed(engine: Engine, run: Run, flight: Flight, poised: Poised) -> bo
 @without_grad
 def leave(engine: Engine, run: Run, flight: Flight) -> None:
     """Take over what the user changed while the run stood at a stop, and leave the stop."""
-    if run.stop is not None:
-        take_over(engine, run, later=True)
-    elif flight.step.steering[-1][1] is not run.session.steering:
-        # A step left in the air by an error: steering set since then acts on what lies ahead.
-        flight.steer(run.session.steering, engine.sites)
-    else:
+    stop, before = run.stop, flight.step
+    if stop is None and before.steering[-1][1] is run.session.steering:
         return
-    if flight.chunk is not None and flight.chunk.program.sites != engine.sites:
-        flight.chunk = None  # sites were compiled in since it began, and may be steered: it begins again
-    elif flight.chunk is not None:
-        row = BatchRow(run.session.row, flight.step)
-        engine.executor.refresh(flight.chunk, row)
-    run.stand_at(None)
+    try:
+        if stop is not None:
+            _take_over(engine, stop, flight)
+        # Also of a step left in the air by an error: steering set since then acts on what lies ahead.
+        flight.steer(run.session.steering, engine.sites)
+        if flight.chunk is not None and flight.chunk.program.sites != engine.sites:
+            flight.chunk = None  # sites were compiled in since it began, and may be steered: it begins again
+        elif flight.chunk is not None:
+            row = BatchRow(run.session.row, flight.step)
+            engine.executor.refresh(flight.chunk, row)
+        run.stand_at(None)
+    except BaseException:
+        if flight.step is not before:
+            # An interrupt: what was changed is in the step, perhaps not yet in what it left. So that runs again.
+            flight.values = flight.chunk = None
+            run.stand_at(None)
+        raise
+
+
+def _take_over(engine: Engine, stop: Stop, flight: Flight) -> None:
+    """Make the value at a stop part of the step in the air, where it may have been changed."""
+    if stop.untouched:
+        return
+    doubt = engine.doubts.raised(stop.checked_value(), flight.value(stop.place))
+    # To ask waits for the device: for others' step, if one was launched ahead.
+    if (stop.written and doubt.known is None) or doubt.holds():
+        flight.replace(stop.place, doubt)
 
 
 @without_grad
-def take_over(engine: Engine, run: Run, *, later: bool = False) -> None:
-    """Make what the user changed at the stop where a run stands part of its step in the air.
-
-    Args:
-        engine: the engine.
-        run: the run.
-        later: whether a value that was written may stay in doubt until its step is launched (:meth:`Flight.settle`).
-    """
-    stop, flight = run.stop, run.flight
-    if stop is None or flight is None:
-        return
+def step_there(engine: Engine, run: Run) -> Step:
+    """The step in the air of a run, with what the user changed at the stop where it stands; nothing changes by it."""
+    flight, stop = flight_of(run), run.stop
+    flight.settle()
+    step = flight.step
+    if stop is None:
+        return step
     if not stop.untouched:
         doubt = engine.doubts.raised(stop.checked_value(), flight.value(stop.place))
-        # To ask waits for the device: for others' step, if one was launched ahead.
-        if (later and stop.written and doubt.known is None) or doubt.holds():
-            flight.replace(stop.place, doubt)
-    flight.steer(run.session.steering, engine.sites)
+        if doubt.holds():
+            step = step.edited(stop.site, doubt.own)
+    return step.steered(flight.reached, run.session.steering)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -172,6 +174,33 @@ def test_an_interrupt_loses_no_edit(pair: tuple[djinn.Dj, djinn.Dj], where: str)
             assert ours[0] == its[0]
             assert_same_bits(ours[1], its[1])
             return ours
+
+    same(pair, script)
+
+
+class Cut(np.ndarray):
+    """Numbers; whoever writes to them is interrupted right after."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        super().__setitem__(key, value)
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("beside", [scaled, steered], ids=["at once", "steered"])
+def test_flags_whose_writing_was_interrupted_are_sent(
+    pair: tuple[djinn.Dj, djinn.Dj], beside: Callable[[djinn.Dj, djinn.Stop], None]
+) -> None:
+    def script(dj: djinn.Dj) -> tuple[list[int], Tensor]:
+        with dj.session() as session:
+            run = run_of(dj, session)
+            beside(dj, next(run))
+            if dj is pair[0]:
+                loop = dj.engine.loop
+                assert loop is not None
+                cut = mock.patch.object(loop.lanes, "_host_flags", loop.lanes._host_flags.view(Cut))
+                with cut, pytest.raises(KeyboardInterrupt):
+                    next(run)
+            return outcome(run)
 
     same(pair, script)
 
