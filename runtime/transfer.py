@@ -30,7 +30,7 @@ from djinn_fx.runtime.pinned import Block, HostPool, ordinary
 STAGING = 32 << 20
 
 #: Bytes of the first piece of several.
-FIRST = 2 << 20
+FIRST = 6 << 20
 
 #: What follows the KV in a block begins at a multiple of this, and so does the second half of the staging buffer.
 _GAP = 64
