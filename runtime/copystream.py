@@ -24,7 +24,11 @@ class Current:
 
     def __enter__(self) -> None:
         self._device = torch._C._cuda_getDevice()
-        torch.cuda.set_stream(self._stream)
+        try:
+            torch.cuda.set_stream(self._stream)
+        except BaseException:  # an interrupt: whatever is enqueued next shall not go to the copy stream
+            torch.cuda.set_stream(self._before)
+            raise
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:

@@ -32,8 +32,12 @@ class EngineLock:
     def __enter__(self) -> EngineLock:
         self._lock.acquire()
         self._depth += 1
-        if self._depth == 1 and self._device.type == "cuda":
-            self._come()
+        try:
+            if self._depth == 1 and self._device.type == "cuda":
+                self._come()
+        except BaseException:  # an interrupt must not leave it locked for ever
+            self.__exit__(None, None, None)
+            raise
         return self
 
     def __exit__(
@@ -52,15 +56,15 @@ class EngineLock:
     def _come(self) -> None:
         current = torch._C._cuda_getDevice()
         if current != self._index:
-            torch.cuda.set_device(self._index)
             self._before = current
+            torch.cuda.set_device(self._index)
         # The default stream is number 0. Stream objects would cost a step more than all else that is done here.
         if torch._C._cuda_getCurrentRawStream(self._index) == 0:
             return
         own, caller = torch.cuda.default_stream(self._device), torch.cuda.current_stream(self._device)
         own.wait_stream(caller)
-        torch.cuda.set_stream(own)
         self._caller = caller
+        torch.cuda.set_stream(own)
 
     def _leave(self, caller: torch.cuda.Stream) -> None:
         self._caller = None

@@ -53,4 +53,4 @@ def test_weights_are_reloaded_at_a_stop(edited: bool) -> None:
             model.get_input_embeddings().weight.data.neg_()
             dj.reload_weights()
             found.append(run.result())
-    assert_same(*found)
+    assert_same(found[0], found[1])

@@ -1,20 +1,25 @@
-"""Ctrl-C in the middle of an act: the edit is neither lost nor forgotten in the journal, and nobody is driven for ever."""
+"""Ctrl-C in the middle of an act: no edit is lost, in the journal neither, and nobody is driven for ever."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 
 import djinn_fx as djinn
-from djinn_fx.runtime import driver, moves
+from djinn_fx.runtime import driver, standing
 from djinn_fx.runtime.claims import claimed, quiet
+from djinn_fx.runtime.copystream import Current
 from djinn_fx.runtime.doubt import Doubts, Question
 from djinn_fx.runtime.executor import Executor
 from djinn_fx.runtime.flight import Flight
+from djinn_fx.runtime.lock import EngineLock
 from djinn_fx.runtime.run import Run
 from djinn_fx.runtime.steps import Step
 from tests.bits import assert_same_bits
@@ -124,13 +129,13 @@ class Once(list[Run]):
 
     def __init__(self, runs: Sequence[Run], count: int) -> None:
         super().__init__(runs)
-        self.count = count
+        self.left = count
 
     def __iter__(self) -> Iterator[Run]:
         for run in super().__iter__():
             yield run
-            self.count -= 1
-            if self.count == 0:
+            self.left -= 1
+            if self.left == 0:
                 raise KeyboardInterrupt
 
 
@@ -157,12 +162,40 @@ def test_a_clock_that_is_interrupted_leaves_nobody_driven(dj: djinn.Dj) -> None:
     run.result()
 
 
+def test_a_way_onto_the_stream_that_is_interrupted_leaves_nothing_locked() -> None:
+    lock, found = EngineLock(torch.device("cpu")), list[bool]()
+    lock._device = torch.device("cuda", 0)
+    with mock.patch.object(EngineLock, "_come", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt), lock:
+        pass
+    thread = threading.Thread(target=lambda: found.append(lock._lock.acquire(blocking=False)))
+    thread.start()
+    thread.join()
+    assert found == [True] and lock._depth == 0
+
+
+def test_a_copy_stream_that_is_interrupted_is_not_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    copies: Any = SimpleNamespace(device_index=0)
+    before: Any = SimpleNamespace(device_index=0)
+    current = [before]
+
+    def set_stream(stream: object) -> None:
+        current[0] = stream
+        if stream is copies:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.cuda, "set_stream", set_stream)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
+    with pytest.raises(KeyboardInterrupt), Current(copies, before):
+        pass
+    assert current == [before]
+
+
 def test_moves_do_not_change_what_stands(dj: djinn.Dj) -> None:
     """What a stop's step would be is told without making it so."""
     run = at_a_stop(dj, "prompt")
     flight, stop = some_flight(run), some(run.stop)
     step, value = flight.step, flight.value(stop.place).clone()
-    assert set(moves.step_there(dj.engine, run).injections) == {SITE}
+    assert set(standing.step_there(dj.engine, run).injections) == {SITE}
     assert flight.step is step and flight.doubt is None
     assert_same_bits(flight.value(stop.place), value)
 
