@@ -29,7 +29,7 @@ def run(bench: Bench) -> dict[str, Json]:
     memory = _memory(bench, other, expected)
     check = context.check("A, paused and resumed, and B, run meanwhile: both bit for bit as alone", memory.pop("held"))
     samples: dict[str, list[float]] = {name: [] for name in ARMS}
-    rounds = context.size(60, 3)
+    rounds = context.size(200, 3)
     if check.held:
         for turn in range(rounds):
             for name in ARMS[turn % len(ARMS) :] + ARMS[: turn % len(ARMS)]:
