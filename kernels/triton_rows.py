@@ -44,6 +44,9 @@ class Launcher:
         table = torch.tensor([(*entry, offset) for entry, offset in zip(entries, before, strict=False)])
         self._runs = table.to(arenas[0].device, non_blocking=True)
         self._place = self._runs.data_ptr()
+        if self._runs.is_cuda:  # it may have been sent on a copy stream: what is launched elsewhere comes behind it too
+            device = self._runs.device
+            torch.cuda.default_stream(device).wait_stream(torch.cuda.current_stream(device))
         self._kernels: dict[Mode, Any] = {}
 
     def launch(

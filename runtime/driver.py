@@ -293,14 +293,17 @@ def _commit(engine: Engine, run: Run, flight: Flight) -> int | None:
             known = flight.drawn if options.sampling.do_sample else flight.token
             if known is None:
                 known = _drawn(run, flight.logits()[-1:], flight.step.stop)
-        session.journal.append(flight.step)
-        session.length = flight.step.stop
-        run.flight, session.last_logits = None, last
-        run.records.append(record)
-        token = None if known is None else _append(run, known)
+        step, drawn = flight.step, [] if known is None else [known]
+        end, sampled = step.stop, [True] * len(drawn)
+        # No call until all of it is done: an interrupt comes before, or behind.
+        session.journal += [step]
+        run.records += [record]
+        session.length, session.last_logits, run.flight = end, last, None
+        session.token_list += drawn
+        session.sampled += sampled
         if ends:
-            planner.conclude(run, token, engine.options)
-        return token
+            planner.conclude(run, known, engine.options)
+        return known
 
 
 def _recorded(engine: Engine, run: Run, flight: Flight, *, ends: bool) -> StepRecord:
@@ -325,6 +328,7 @@ def _drawn(run: Run, logits: torch.Tensor, length: int) -> int:
 
 
 def _append(run: Run, token: int) -> int:
-    run.session.token_list.append(token)
-    run.session.sampled.append(True)
+    session, drawn, sampled = run.session, [token], [True]
+    session.token_list += drawn  # no call in between: an interrupt leaves both as long
+    session.sampled += sampled
     return token

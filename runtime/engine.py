@@ -176,9 +176,22 @@ class Engine:
         """:meth:`open_session` for callers that :meth:`Tiers.roomy` calls."""
         self.tiers.make_room(1, keep)
         self.pool.prepare()  # or the first checkpoint would wait for it
-        session = Session(self, self.arena.take()[0], seed)
-        self.sessions.append(session)
-        return session
+        rows = self.arena.take()
+        try:
+            session = Session(self, rows[0], seed)
+            self.sessions.append(session)
+            return session
+        except BaseException:
+            self.give_up(rows)
+            raise
+
+    def give_up(self, rows: Sequence[int]) -> None:
+        """Close the sessions on rows that were just taken for them, and give back those that none had yet."""
+        made = [session for session in self.sessions if session.resident and session.row in rows]
+        for session in made:
+            session.close()
+        for row in {*rows} - {session.row for session in made}:
+            self.arena.vacated(row)
 
     def forget(self, session: Session) -> None:
         """Drop a closing session: its row is zeroed and free again."""

@@ -70,10 +70,10 @@ def fork(engine: Engine, stop: Stop, n: int, seeds: Sequence[int] | None) -> lis
     value = stop.checked_value()
     engine.bring_back(session)
     engine.tiers.make_room(n, (session,))
-    children = [_child(engine, session, row) for row in engine.arena.take(n)]
+    rows = engine.arena.take(n)
     try:
         with memory_for("a fork"):
-            rows = [child.row for child in children]
+            children = [_child(engine, session, row) for row in rows]
             for row in rows:
                 engine.arena.arrive(row)
             engine.arena.copy(session.row, rows, session.extent)
@@ -89,8 +89,7 @@ def fork(engine: Engine, stop: Stop, n: int, seeds: Sequence[int] | None) -> lis
                     copied.value = value
                 made.append(copied)
     except BaseException:
-        for child in children:
-            child.close()
+        engine.give_up(rows)
         raise
     return made
 

@@ -132,11 +132,13 @@ def commit(engine: Engine, run: Run, first: Step, token: int) -> bool:
     """
     session = run.session
     start = session.length
-    session.journal.append(first.onward(start, session.token_list[start]))
-    run.records.append(StepRecord(start))
+    steps, records = [first.onward(start, session.token_list[start])], [StepRecord(start)]
+    # No call until all of it is done: an interrupt comes before, or behind.
+    session.journal += steps
+    run.records += records
     session.length, session.last_logits = start + 1, None
-    session.token_list.append(token)
-    session.sampled.append(True)
+    session.token_list += [token]
+    session.sampled += [True]
     planner.conclude(run, token, engine.options)
     return not run.finished
 

@@ -37,13 +37,13 @@ def deliver(engine: Engine, run: Run, site: Site, fired: Sequence[int], *, alone
         alone: whether nothing else is driven by this thread, so that the run may go on by :func:`go_on`.
     """
     flight = flight_of(run)
-    flight.passed = site.order
     # Under the lock: another thread's step may want the place where it lies.
     with engine.lock, outside_inference():  # the user may write to it wherever
         value = flight.value(site).clone()
         if flight.chunk is not None:
             flight.chunk.save()
     stop = Stop(run, site, flight.step, value, fired, partial(_poise, engine, run, flight) if alone else None)
+    flight.passed = site.order
     run.stand_at(stop)
     run.interrupted = False
     return stop

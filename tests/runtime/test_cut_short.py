@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 import djinn_fx as djinn
-from djinn_fx.runtime import driver, standing
+from djinn_fx.runtime import driver, riders, standing
 from djinn_fx.runtime.claims import claimed, quiet
 from djinn_fx.runtime.copystream import Current
 from djinn_fx.runtime.doubt import Doubts, Question
@@ -24,7 +25,7 @@ from djinn_fx.runtime.run import Run
 from djinn_fx.runtime.steps import Step
 from tests.bits import assert_same_bits
 from tests.runtime.checkpoint_cases import assert_same, close_all, finish, run_of, shared, start
-from tests.runtime.tiny import some
+from tests.runtime.tiny import another_dj, prompt, some
 
 SITE = "resid_post.0"
 
@@ -241,3 +242,73 @@ def test_an_interrupt_where_a_stop_is_left_does_not_leave_half_of_it(dj: djinn.D
         next(run)
     assert_same(finish(run), expected)
     assert injected(run) == injected(twin) != []
+
+
+def test_a_session_that_never_was_keeps_no_row(dj: djinn.Dj) -> None:
+    free = dj.engine.arena.free_rows
+    with mock.patch.object(djinn.Session, "__init__", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        dj.session()
+    assert dj.engine.arena.free_rows == free and not dj.engine.sessions
+
+
+@pytest.mark.parametrize("before", range(1, 3))
+def test_a_fork_that_is_interrupted_gives_all_rows_back(dj: djinn.Dj, before: int) -> None:
+    """Ctrl-C while the second of two children is made, and while the first is given its run."""
+    run = start(dj.session(seed=4), [SITE])
+    stop, free, inner, calls = next(run), dj.engine.arena.free_rows, djinn.Session.__init__, 0
+
+    def made(session: djinn.Session, *given: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        inner(session, *given)
+
+    cut: Any = mock.patch.object(djinn.Session, "__init__", made)
+    if before == 2:
+        cut = mock.patch("djinn_fx.runtime.moves.deliver", side_effect=KeyboardInterrupt)
+    with cut, pytest.raises(KeyboardInterrupt):
+        stop.fork(2)
+    assert dj.engine.arena.free_rows == free and dj.engine.sessions == [run.session] and not run.session.children
+    assert len(stop.fork(2)) == 2
+
+
+@pytest.mark.parametrize("backend", ["eager", "static"])
+def test_a_token_is_history_as_a_whole_or_not_at_all(backend: str) -> None:
+    """An interrupt at each of the calls that commits make, of steps that stand alone and of those that cruise."""
+    with another_dj("gpt2", backend=backend) as made:
+        for count in range(1, 200):
+            with made.session() as session:
+                run = session.generate(prompt(5), max_new_tokens=4)
+                with interrupted_in_commit(count) as left, suppress(KeyboardInterrupt):
+                    run.result()
+                journal = session.journal
+                assert len(session.token_list) == len(session.sampled) and len(journal) == len(run.records)
+                assert session.length == (journal[-1].stop if journal else 0)
+            if left:
+                assert count > 20
+                return
+    raise AssertionError("commits make more calls than that")
+
+
+@contextmanager
+def interrupted_in_commit(count: int) -> Iterator[list[int]]:
+    """Ctrl-C at the ``count``-th call, of whatever, that a commit makes; the list stays empty if it makes that many."""
+    left, seen = [count], 0
+    codes = {driver._commit.__code__, riders.commit.__code__}
+
+    def trace(frame: Any, event: str, argument: object) -> None:
+        nonlocal seen
+        caller = frame if event == "c_call" else frame.f_back
+        if event in ("c_call", "call") and caller is not None and caller.f_code in codes:
+            seen += 1
+            if seen == count:
+                left.clear()
+                raise KeyboardInterrupt
+
+    before = sys.getprofile()
+    sys.setprofile(trace)
+    try:
+        yield left
+    finally:
+        sys.setprofile(before)
