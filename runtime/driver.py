@@ -254,9 +254,13 @@ def _draw_first(engine: Engine, run: Run) -> None:
                 logits = execute(engine, session, session.journal[-1], None).logits()[-1].clone()
             kept = logits[None] if run.options.output_logits else None
             drawn = _drawn(run, logits[None], session.length)
-            run.records.append(StepRecord(session.length, logits=kept, stepped=False))
-            token = _append(run, drawn)
-            planner.conclude(run, token, engine.options)
+            records, token = [StepRecord(session.length, logits=kept, stepped=False)], drawn
+            over, why = planner.ending(run, token, session.length, engine.options)
+            # No call until all of it is done: an interrupt comes before, or behind.
+            run.records += records
+            session.token_list += [token]
+            session.sampled += [True]
+            run.finished, run.finish_reason = over, why
     _announce(run, token)
 
 
@@ -294,15 +298,16 @@ def _commit(engine: Engine, run: Run, flight: Flight) -> int | None:
             if known is None:
                 known = _drawn(run, flight.logits()[-1:], flight.step.stop)
         step, drawn = flight.step, [] if known is None else [known]
-        end, sampled = step.stop, [True] * len(drawn)
+        end, sampled, over, why = step.stop, [True] * len(drawn), False, None
+        if ends:
+            over, why = planner.ending(run, known, end, engine.options)
         # No call until all of it is done: an interrupt comes before, or behind.
         session.journal += [step]
         run.records += [record]
         session.length, session.last_logits, run.flight = end, last, None
         session.token_list += drawn
         session.sampled += sampled
-        if ends:
-            planner.conclude(run, known, engine.options)
+        run.finished, run.finish_reason, run.interrupted = over, why, run.interrupted and not over
         return known
 
 
@@ -325,10 +330,3 @@ def _drawn(run: Run, logits: torch.Tensor, length: int) -> int:
     seeds = torch.tensor([run.session.seed], dtype=torch.int64)
     place = torch.tensor([length], dtype=torch.int64)
     return int(sample(logits, run.options.sampling, seeds, place))
-
-
-def _append(run: Run, token: int) -> int:
-    session, drawn, sampled = run.session, [token], [True]
-    session.token_list += drawn  # no call in between: an interrupt leaves both as long
-    session.sampled += sampled
-    return token

@@ -166,11 +166,14 @@ def joins(run: Run) -> bool:
 
 def left(run: Run, options: EngineOptions) -> int:
     """How many tokens a run draws at most from here on."""
-    session = run.session
-    known = len(session.token_list) if run.end is None else run.end
-    made = known - run.prompt_end if known > run.prompt_end else 0
-    tokens, places = run.options.max_new_tokens - made, options.max_length - session.length
+    tokens, places = _tokens_left(run), options.max_length - run.session.length
     return tokens if tokens < places else places
+
+
+def _tokens_left(run: Run) -> int:
+    """How many tokens a run may still draw, whatever room there is."""
+    known = len(run.session.token_list) if run.end is None else run.end
+    return run.options.max_new_tokens - (known - run.prompt_end if known > run.prompt_end else 0)
 
 
 def _ends(run: Run, options: EngineOptions) -> bool:
@@ -231,13 +234,20 @@ def fired(run: Run, flight: Flight, site: Site, values: Callable[[list[int]], to
     return tuple(sorted({position for _, positions in found for position in positions})) or None
 
 
-def conclude(run: Run, token: int | None, options: EngineOptions) -> None:
-    """End the run if its last committed step was the last one."""
+def ending(run: Run, token: int | None, length: int, options: EngineOptions) -> tuple[bool, str | None]:
+    """Whether a run ends, and why, with a step that is about to become history.
+
+    Args:
+        run: the run.
+        token: the token that the step draws; None if it draws none and is the last one.
+        length: positions that are forwarded then.
+        options: the engine's.
+    """
     if token is None:
-        run.finish(None)
-    elif token in options.eos:
-        run.finish("eos")
-    elif token in run.options.stop_token_ids:
-        run.finish("stop_token")
-    elif left(run, options) <= 0:
-        run.finish("length")
+        return True, None
+    if token in options.eos:
+        return True, "eos"
+    if token in run.options.stop_token_ids:
+        return True, "stop_token"
+    over = _tokens_left(run) <= 1 or length >= options.max_length
+    return over, "length" if over else None

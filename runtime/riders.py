@@ -132,6 +132,7 @@ def commit(engine: Engine, run: Run, first: Step, token: int) -> bool:
     """
     session = run.session
     start = session.length
+    over, why = planner.ending(run, token, start + 1, engine.options)
     steps, records = [first.onward(start, session.token_list[start])], [StepRecord(start)]
     # No call until all of it is done: an interrupt comes before, or behind.
     session.journal += steps
@@ -139,8 +140,8 @@ def commit(engine: Engine, run: Run, first: Step, token: int) -> bool:
     session.length, session.last_logits = start + 1, None
     session.token_list += [token]
     session.sampled += [True]
-    planner.conclude(run, token, engine.options)
-    return not run.finished
+    run.finished, run.finish_reason, run.interrupted = over, why, run.interrupted and not over
+    return not over
 
 
 def arrive(engine: Engine, riders: Riders) -> None:

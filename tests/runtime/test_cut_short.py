@@ -277,14 +277,17 @@ def test_a_fork_that_is_interrupted_gives_all_rows_back(dj: djinn.Dj, before: in
 def test_a_token_is_history_as_a_whole_or_not_at_all(backend: str) -> None:
     """An interrupt at each of the calls that commits make, of steps that stand alone and of those that cruise."""
     with another_dj("gpt2", backend=backend) as made:
+        expected = made.generate(prompt(5), max_new_tokens=4)[0].tokens
         for count in range(1, 200):
             with made.session() as session:
                 run = session.generate(prompt(5), max_new_tokens=4)
                 with interrupted_in_commit(count) as left, suppress(KeyboardInterrupt):
-                    run.result()
+                    run.run_to_end()
                 journal = session.journal
                 assert len(session.token_list) == len(session.sampled) and len(journal) == len(run.records)
                 assert session.length == (journal[-1].stop if journal else 0)
+                result = run.result()
+                assert result.finish_reason == "length" and result.tokens.tolist() == expected.tolist()
             if left:
                 assert count > 20
                 return
