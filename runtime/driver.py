@@ -260,7 +260,7 @@ def _draw_first(engine: Engine, run: Run) -> None:
             run.records += records
             session.token_list += [token]
             session.sampled += [True]
-            run.finished, run.finish_reason = over, why
+            run.finished, run.finish_reason, run.interrupted = over, why, run.interrupted and not over
     _announce(run, token)
 
 

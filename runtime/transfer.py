@@ -29,7 +29,7 @@ from djinn_fx.runtime.pinned import Block, HostPool, ordinary
 #: Bytes of the staging buffer on the device; what is longer goes in pieces of half as many.
 STAGING = 32 << 20
 
-#: Bytes of the first piece of several.
+#: Bytes of the first piece of several: few, so that the bus begins at once, but it takes longer than to send the next.
 FIRST = 6 << 20
 
 #: What follows the KV in a block begins at a multiple of this, and so does the second half of the staging buffer.

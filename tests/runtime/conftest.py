@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 import djinn_fx as djinn
-from tests.runtime.tiny import NAMES, compiled, guarded
+from tests.runtime.tiny import NAMES, another_dj, compiled, guarded
 
 
 @pytest.fixture(params=("gpt2", "llama", "llama-bf16"))
@@ -32,3 +32,12 @@ def both(request: pytest.FixtureRequest) -> Iterator[djinn.Dj]:
 def one() -> Iterator[djinn.Dj]:
     """One tiny model, for what does not depend on the model."""
     yield from guarded(compiled("llama"))
+
+
+@pytest.fixture(scope="module", params=["gpt2", "llama-bf16"])
+def pair(request: pytest.FixtureRequest) -> Iterator[tuple[djinn.Dj, djinn.Dj]]:
+    """One model on the decode loop, and the same model step by step."""
+    loop, steps = (another_dj(request.param, backend=name, batch_invariant=True) for name in ("static", "eager"))
+    yield loop, steps
+    loop.close()
+    steps.close()

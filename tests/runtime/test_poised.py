@@ -18,18 +18,9 @@ from djinn_fx.runtime.doubt import Question
 from djinn_fx.runtime.graphs import Replayed
 from djinn_fx.runtime.launch import LaunchValues
 from tests.bits import assert_same_bits
-from tests.runtime.tiny import another_dj, direction, prompt
+from tests.runtime.tiny import direction, prompt
 
 NEW = 6
-
-
-@pytest.fixture(scope="module", params=["gpt2", "llama-bf16"])
-def pair(request: pytest.FixtureRequest) -> Iterator[tuple[djinn.Dj, djinn.Dj]]:
-    """One model on the decode loop, and the same model step by step."""
-    loop, steps = (another_dj(request.param, backend=name, batch_invariant=True) for name in ("static", "eager"))
-    yield loop, steps
-    loop.close()
-    steps.close()
 
 
 @contextmanager

@@ -13,21 +13,12 @@ from torch import Tensor
 import djinn_fx as djinn
 from djinn_fx.runtime.graphs import Replayed
 from tests.bits import assert_same_bits
-from tests.runtime.tiny import another_dj, direction, logits_of, model_of, prompt, some
+from tests.runtime.tiny import direction, logits_of, model_of, prompt, some
 
 #: Tokens of each run.
 NEW = 6
 
 Act = Callable[[djinn.Dj, djinn.Stop], None]
-
-
-@pytest.fixture(scope="module", params=["gpt2", "llama-bf16"])
-def pair(request: pytest.FixtureRequest) -> Iterator[tuple[djinn.Dj, djinn.Dj]]:
-    """One model on the decode loop, and the same model step by step."""
-    loop, steps = (another_dj(request.param, backend=name, batch_invariant=True) for name in ("static", "eager"))
-    yield loop, steps
-    loop.close()
-    steps.close()
 
 
 def nothing(dj: djinn.Dj, stop: djinn.Stop) -> None:
