@@ -10,8 +10,9 @@ from torch import Tensor
 
 from djinn_fx.kernels import triton_advance
 from djinn_fx.kernels.backend import uses_triton
-from djinn_fx.kernels.taking import take, words
+from djinn_fx.kernels.taking import take
 from djinn_fx.kernels.triton_taking import Taken
+from djinn_fx.kernels.words import words
 
 #: Rows of a message to lanes: tokens, positions, arena rows, lengths, the step's number, and what is new of them.
 INPUTS = 6

@@ -19,12 +19,10 @@ from torch import Tensor
 from djinn_fx.errors import InternalError
 from djinn_fx.kernels import triton_pack
 from djinn_fx.kernels.backend import uses_triton
+from djinn_fx.kernels.words import words
 
 #: Bytes: the widest load and store of a GPU thread, and no less than the itemsize of any dtype.
 ALIGNMENT = 16
-
-#: Integers of each itemsize: moving them changes no bit, whatever the dtype means by them.
-_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
@@ -88,9 +86,9 @@ def pack_torch(tensors: Sequence[Tensor], layout: PackPlan, out: Tensor) -> None
     """:func:`pack` by one copy per tensor; ``layout`` is the tensors' plan."""
     for offset, tensor in zip(layout.offsets, tensors, strict=True):
         if tensor.numel():
-            words = _words(tensor)
+            mine = words(tensor)
             end = offset + tensor.numel() * tensor.itemsize
-            out[offset:end].view(words.dtype).view(words.shape).copy_(words)
+            out[offset:end].view(mine.dtype).view(mine.shape).copy_(mine)
             if end % ALIGNMENT:
                 out[end : _aligned(end)].zero_()
 
@@ -99,9 +97,9 @@ def unpack_torch(buffer: Tensor, layout: PackPlan, tensors: Sequence[Tensor]) ->
     """:func:`unpack` by one copy per tensor; ``layout`` is the tensors' plan."""
     for offset, tensor in zip(layout.offsets, tensors, strict=True):
         if tensor.numel():
-            words = _words(tensor)
+            mine = words(tensor)
             end = offset + tensor.numel() * tensor.itemsize
-            words.copy_(buffer[offset:end].view(words.dtype).view(words.shape))
+            mine.copy_(buffer[offset:end].view(mine.dtype).view(mine.shape))
 
 
 def _by_kernel(buffer: Tensor) -> bool:
@@ -110,13 +108,6 @@ def _by_kernel(buffer: Tensor) -> bool:
 
 def _aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
-
-
-def _words(tensor: Tensor) -> Tensor:
-    """``tensor`` as integers of its own storage; complex numbers as a last axis of two."""
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
-    return tensor.view(_WORDS[tensor.itemsize])
 
 
 def _checked(tensors: Sequence[Tensor], buffer: Tensor) -> PackPlan:

@@ -9,9 +9,7 @@ from torch import Tensor
 
 from djinn_fx.kernels import triton_taking
 from djinn_fx.kernels.backend import uses_triton
-
-#: Integers of each itemsize: they are equal where all bits are, NaN and -0.0 included.
-_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+from djinn_fx.kernels.words import words
 
 
 class Taking:
@@ -42,10 +40,3 @@ def take(value: Tensor, before: Tensor, own: Tensor, differs: Tensor) -> None:
     mine = words(value)
     words(own).copy_(mine)
     differs.copy_((mine != words(before)).any().view(1), non_blocking=True)
-
-
-def words(tensor: Tensor) -> Tensor:
-    """A tensor's bits as integers as wide as its elements; a view of it where it is contiguous."""
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
-    return tensor.contiguous().view(_WORDS[tensor.itemsize])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from djinn_fx.kernels.words import words
+
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors of one shape and dtype are equal bit for bit, NaN and -0.0 included."""
@@ -16,9 +18,6 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor's bits as integers of the same width."""
-    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
     if tensor.dtype == torch.bool:
         return tensor.to(torch.uint8)
-    return tensor.contiguous().view(kinds[tensor.element_size()])
+    return words(tensor).contiguous()

@@ -8,13 +8,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from djinn_fx.kernels.words import words
+
 #: CUDA's copy of many tensors takes these through fp32, and another NaN comes out than went in.
 _NARROW = frozenset((torch.bfloat16, torch.float16))
-
-
-def words(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor so that a copy of it keeps every bit."""
-    return tensor.view(torch.int16) if tensor.dtype in _NARROW else tensor
 
 
 def copy_all(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:

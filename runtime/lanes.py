@@ -15,8 +15,9 @@ import numpy as np
 import torch
 
 from djinn_fx.kernels.triton_taking import Taken
+from djinn_fx.kernels.words import words
 from djinn_fx.program import LENGTHS, POSITIONS, ROWS, TOKENS
-from djinn_fx.runtime.copies import copy_all, words
+from djinn_fx.runtime.copies import copy_all
 from djinn_fx.runtime.outbox import SLOTS, Outbox
 from djinn_fx.runtime.steering import Armed, RankPart
 from djinn_fx.runtime.steps import Steering, Step
@@ -285,18 +286,24 @@ class Lanes:
         """
         now, self.written[lane] = self.written[lane], STALE
         self._flag(lane, now, plan)
-        flags = self._host_flags if self._flags_changed else None
-        self.outbox.send(numbers, count, number, whole=False, flags=flags, taken=taken)
-        self._flags_changed = False
+        self._send(numbers, count, number, whole=False, taken=taken)
         self.written[lane] = plan
 
     def index_of(self, site: Site) -> int | None:
         """The index of a site at which a value can be injected."""
         return self._index.get(site.name)
 
-    def _send(self, rows: Mapping[int, tuple[int, int, int, int]], count: int, number: int, *, whole: bool) -> None:
+    def _send(
+        self,
+        rows: Mapping[int, tuple[int, int, int, int]],
+        count: int,
+        number: int,
+        *,
+        whole: bool,
+        taken: Taken | None = None,
+    ) -> None:
         flags = self._host_flags if self._flags_changed else None
-        self.outbox.send(rows, count, number, whole=whole, flags=flags)
+        self.outbox.send(rows, count, number, whole=whole, flags=flags, taken=taken)
         self._flags_changed = False
 
     @property

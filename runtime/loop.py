@@ -172,11 +172,7 @@ class DecodeLoop:
         taken = (value, poised.place, poised.own, question.word)
         self.lanes.inject(seat.lane, poised.plan, poised.numbers, shape.rows, self._number, taken)
         question.asked()
-        self._run(replayed, poised.begin)
-        rows = {seat.lane: seat}
-        made = Launch(shape, replayed.program.variant, rows, self.lanes, replayed.logits, self._number)
-        self._last = self._counted(made)
-        return made
+        return self._start(replayed, poised.begin, shape, {seat.lane: seat})
 
     def _alone(self, last: Launch) -> bool:
         """Whether a launch ran the step of one row, tapped, and nothing has changed since."""
@@ -292,6 +288,17 @@ class DecodeLoop:
         else:
             some = self._numbers({lane: rows.get(lane) for lane in changed})
             self.lanes.change(some, shape.rows, self._number)
+        return self._start(replayed, begin, shape, rows, before)
+
+    def _start(
+        self,
+        replayed: Replayed,
+        begin: int,
+        shape: ProgramShape,
+        rows: Mapping[int, Seat],
+        before: Launch | None = None,
+    ) -> Launch:
+        """Run what the lanes were made ready for; it is the last launch then."""
         self._run(replayed, begin)
         made = Launch(shape, replayed.program.variant, rows, self.lanes, replayed.logits, self._number, before)
         self._last = self._counted(made)

@@ -5,13 +5,28 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 
 import djinn_fx as djinn
+from tests.runtime.checkpoint_cases import small_dj, start
+from tests.runtime.tiny import make_model
 
 #: Cycles that a stream sleeps: tens of milliseconds, longer than everything that a test enqueues behind.
 LONG = 100_000_000
+
+
+@cache
+def compiled(name: str) -> djinn.Dj:
+    """A tiny model on the GPU, run op by op; it has done everything once, since CUDA waits to load a kernel."""
+    made = small_dj(make_model(name).cuda(), backend="eager")
+    made.warmup()
+    with made.session() as session:
+        next(start(session, ["resid_post.1"]))
+        session.checkpoint().wait()
+        session.offload()
+    return made
 
 
 def hold_up(dj: djinn.Dj) -> None:

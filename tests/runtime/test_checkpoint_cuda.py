@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import cache
 
 import pytest
 import torch
@@ -18,23 +17,12 @@ from djinn_fx.runtime.stop import Stop
 from djinn_fx.runtime.transfer import Transfer
 from tests.bits import assert_same_bits
 from tests.runtime.checkpoint_cases import assert_same, close_all, edit, finish, run_of, small_dj, start
-from tests.runtime.holding import hold_up, no_waiting
+from tests.runtime.holding import compiled, hold_up, no_waiting
 from tests.runtime.tiny import make_model, some
 
 pytestmark = pytest.mark.gpu
 
 POSITIONS = 700
-
-
-@cache
-def compiled(name: str) -> djinn.Dj:
-    made = small_dj(make_model(name).cuda(), backend="eager")
-    made.warmup()
-    # Whatever is used for the first time may make CUDA wait: it loads a kernel.
-    with made.session() as session:
-        next(start(session, ["resid_post.1"]))
-        session.checkpoint().wait()
-    return made
 
 
 @pytest.fixture(params=["gpt2", "gpt2-bf16", "llama", "llama-bf16"])

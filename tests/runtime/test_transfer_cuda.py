@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -25,22 +24,10 @@ from tests.runtime.checkpoint_cases import (
     small_dj,
     start,
 )
-from tests.runtime.holding import hold_up, no_waiting
+from tests.runtime.holding import compiled, hold_up, no_waiting
 from tests.runtime.tiny import make_model, some
 
 pytestmark = pytest.mark.gpu
-
-
-@cache
-def compiled(name: str) -> djinn.Dj:
-    made = small_dj(make_model(name).cuda(), backend="eager")
-    made.warmup()
-    # Whatever is used for the first time may make CUDA wait: it loads a kernel.
-    with made.session() as session:
-        next(start(session, ["resid_post.1"]))
-        session.checkpoint().wait()
-        session.offload()
-    return made
 
 
 @pytest.fixture(params=["gpt2", "llama-bf16"])
