@@ -201,6 +201,7 @@ class Dj(Looking, Keeping):
                 engine.programs.get(ProgramShape(bucket(count), 1, 1), "plain", engine.sites)
             engine.programs.get(ProgramShape(1, chunk, 1), "plain", engine.sites)
             engine.transfer.warm()
+            engine.doubts.warm(engine.dtype)
             engine.described()
 
     @property

@@ -7,8 +7,10 @@ that ran is, bit for bit, the one that ran before.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -29,6 +31,14 @@ class Question:
         self._told = self.word.numpy()
         self._passed = torch.cuda.Event() if cuda else None
         self._stream = torch.cuda.default_stream(device) if cuda else None  # whoever holds the engine's lock is on it
+        self._open = False
+
+    @property
+    def open(self) -> bool:
+        """Whether the device may still write its answer."""
+        if self._open and self._passed is not None and self._passed.query():
+            self._open = False
+        return self._open
 
     def reset(self) -> Question:
         """Make it ready to be asked; returns itself."""
@@ -39,46 +49,72 @@ class Question:
         """The comparison was enqueued just now."""
         if self._passed is not None:
             self._passed.record(self._stream)
+            self._open = True
 
     def answer(self) -> bool:
         """Whether the value differs; waits until the device has compared it."""
         if self._passed is not None:
             self._passed.synchronize()
+            self._open = False
         return bool(self._told[0])
 
 
-class Doubt:
-    """One value, taken over.
+class Verdict:
+    """Whether a value differs from what was there.
 
     Attributes:
-        own: a copy of the value that nobody else writes; the value itself where it is known to be no edit.
-        known: whether it differs from what was there; None as long as nobody asked the device.
+        known: the answer; None as long as nobody asked the device.
 
     Args:
-        own: see above.
         known: see above.
         ask: waits for the answer; it may be asked again.
-        told: called once the answer is known.
+        told: called once, when nobody will ask any more.
     """
 
+    __slots__ = ("_ask", "_told", "known")
+
     def __init__(
-        self,
-        own: torch.Tensor,
-        known: bool | None,
-        ask: Callable[[], bool] | None = None,
-        told: Callable[[], None] | None = None,
+        self, known: bool | None, ask: Callable[[], bool] | None = None, told: Callable[[], None] | None = None
     ) -> None:
-        self.own, self.known, self._ask, self._told = own, known, ask, told
+        self.known, self._ask, self._told = known, ask, told
 
     def holds(self) -> bool:
         """Whether the value differs; waits until the device has compared it."""
         if self.known is None:
             assert self._ask is not None
             self.known = self._ask()
-            # Only now: an interrupt before this leaves the question to this doubt, which then asks it once more.
-            if self._told is not None:
-                self._told()
+            # Only now: an interrupt before this leaves the question to this verdict, which then asks it once more.
+            self._let_go()
         return self.known
+
+    def _let_go(self) -> None:
+        told, self._told = self._told, None
+        if told is not None:
+            told()
+
+    def __del__(self) -> None:
+        self._let_go()
+
+
+class Doubt(NamedTuple):
+    """One value, taken over.
+
+    Attributes:
+        own: a copy of the value that nobody else writes, contiguous.
+        verdict: whether it differs from what was there.
+    """
+
+    own: torch.Tensor
+    verdict: Verdict
+
+    @property
+    def known(self) -> bool | None:
+        """What is known of that without waiting."""
+        return self.verdict.known
+
+    def holds(self) -> bool:
+        """Whether the value differs; waits until the device has compared it."""
+        return self.verdict.holds()
 
 
 class Doubts:
@@ -90,8 +126,8 @@ class Doubts:
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._taking = device, Taking()
-        self._free: list[Question] = []
-        self._made: list[Question] = []  # also those lost by an interrupt: the device may still write their answers
+        self._free: deque[Question] = deque()  # nobody will ask these any more, but the device may still answer them
+        self._made: list[Question] = []  # also those lost by an interrupt, for the same reason
 
     def raised(self, value: torch.Tensor, before: torch.Tensor) -> Doubt:
         """Take a value over and begin to compare it; on CUDA nothing waits.
@@ -101,21 +137,27 @@ class Doubts:
             before: what the step had left there, of the same shape and dtype.
         """
         if self._device.type != "cuda":
-            known = not same_bits(value, before)
-            return Doubt(value.clone() if known else value, known)
+            own = value.clone(memory_format=torch.contiguous_format)
+            return Doubt(own, Verdict(not same_bits(own, before)))
         own = torch.empty(value.shape, dtype=value.dtype, device=value.device)
         question = self.question()
         self._taking(value, before, own, question.word)
         question.asked()
         return self.about(own, question)
 
+    def warm(self, dtype: torch.dtype) -> None:
+        """Make what the first value of a dtype would have to make: CUDA loads a kernel when it is first launched."""
+        value = torch.zeros(16, dtype=dtype, device=self._device)
+        self.raised(value, value).holds()
+
     def question(self) -> Question:
         """A question that nobody has asked yet."""
-        if self._free:
-            return self._free.pop().reset()
+        # The oldest only: where the device has not come to it, it has not come to the others either.
+        if self._free and not self._free[0].open:
+            return self._free.popleft().reset()
         self._made.append(Question(self._device))
         return self._made[-1]
 
     def about(self, own: torch.Tensor, question: Question) -> Doubt:
         """The doubt that a question will settle."""
-        return Doubt(own, None, question.answer, partial(self._free.append, question))
+        return Doubt(own, Verdict(None, question.answer, partial(self._free.append, question)))

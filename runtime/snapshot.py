@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from djinn_fx.errors import SessionBusy
-from djinn_fx.runtime.bits import same_bits
 from djinn_fx.runtime.breakpoints import ArmedBreakpoint
+from djinn_fx.runtime.doubt import Doubt, Doubts, Verdict
 from djinn_fx.runtime.modes import outside_inference
 from djinn_fx.runtime.results import StepRecord
 from djinn_fx.runtime.run import Run, RunOptions
@@ -21,7 +21,9 @@ from djinn_fx.specs import Breakpoint
 from djinn_fx.when import CosineAbove, Probe
 
 if TYPE_CHECKING:
+    from djinn_fx.runtime.flight import Flight
     from djinn_fx.runtime.session import Session
+    from djinn_fx.runtime.stop import Stop
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,12 +114,12 @@ class Frame(NamedTuple):
     Attributes:
         site: as there.
         fired: as there.
-        looked: whether anybody was given the value; then what the step had left there was sent with it.
+        changed: whether the value was changed, where anybody was given it; None: nobody was.
     """
 
     site: str
     fired: tuple[int, ...]
-    looked: bool
+    changed: Verdict | None
 
 
 class Snapshot(NamedTuple):
@@ -139,8 +141,8 @@ class Snapshot(NamedTuple):
         """The whole state; ``values`` are those that :func:`snapshot` gave, on the host."""
         stop, frame = None, self.frame
         if frame is not None and values is not None:
-            value = values[0] if frame.looked else values
-            stop = StopState(frame.site, value, frame.looked and not same_bits(*values), frame.fired)
+            changed = frame.changed is not None and frame.changed.holds()
+            stop = StopState(frame.site, values, changed, frame.fired)
         flight = None if self.flight is None else self.flight(stop)
         return self.session(None if self.run is None else self.run(flight))
 
@@ -152,7 +154,7 @@ def snapshot(session: Session, *, between: bool = False) -> tuple[Snapshot, torc
 
     Returns:
         the snapshot, and for a stop its value, ``[tokens, *feature_shape]``, contiguous and not written from now on;
-        where somebody was given the value, a copy of it and of what the step had left there, ``[2, ...]``.
+        where somebody was given the value, a copy of it, which the device compares with what the step had left there.
 
     Raises:
         SessionBusy: its run is being driven just now.
@@ -186,14 +188,18 @@ def snapshot(session: Session, *, between: bool = False) -> tuple[Snapshot, torc
         return Snapshot(made, ran, flown, None), None
     lent = stop.lend()
     if lent is not None:
-        return Snapshot(made, ran, flown, Frame(stop.site, stop.fired, False)), lent
-    pair = stop.checked_value(), flight.value(stop.place)
+        return Snapshot(made, ran, flown, Frame(stop.site, stop.fired, None)), lent
+    doubt = _doubted(session.engine.doubts, stop, flight)
+    return Snapshot(made, ran, flown, Frame(stop.site, stop.fired, doubt.verdict)), doubt.own
+
+
+def _doubted(doubts: Doubts, stop: Stop, flight: Flight) -> Doubt:
+    """The value at a stop as it is now, taken over."""
+    value, before = stop.checked_value(), flight.value(stop.place)
     if torch.is_inference_mode_enabled():
         with outside_inference():
-            values = torch.stack(pair)
-    else:
-        values = torch.stack(pair)
-    return Snapshot(made, ran, flown, Frame(stop.site, stop.fired, True)), values
+            return doubts.raised(value, before)
+    return doubts.raised(value, before)
 
 
 def _run_state(run: Run) -> Callable[[FlightState | None], RunState]:

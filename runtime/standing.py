@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from djinn_fx.runtime.doubt import Doubt
+from djinn_fx.runtime.doubt import Doubt, Verdict
 from djinn_fx.runtime.flight import Flight
 from djinn_fx.runtime.launch import LaunchValues
 from djinn_fx.runtime.modes import outside_inference, without_grad
@@ -85,7 +85,8 @@ def go_on(engine: Engine, run: Run) -> bool:
             flight.step, flight.doubt = poised.edited, (stop.site, engine.doubts.about(poised.own, question))
             run.stand_at(None)
         except BaseException:
-            flight.replace(stop.place, Doubt(value.clone(), True))  # it cannot be compared any more: it is an edit
+            # It cannot be compared any more: it is an edit.
+            flight.replace(stop.place, Doubt(value.clone(), Verdict(True)))
             run.stand_at(None)
             raise
         flight.values = launch.serves(BatchRow(session.row, poised.edited, wants(run)))

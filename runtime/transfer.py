@@ -237,9 +237,7 @@ class Transfer:
         """
         spare = self._arena.spare_row
         sample = self._arena.layers[0][0][spare, 0, :1] if self._arena.layers else None
-        # What a stop's value is put together with: CUDA loads a kernel when it is first launched, and waits for that.
-        extra = None if sample is None else torch.stack((sample, sample))
-        sent = self.send(spare, 1, extra)
+        sent = self.send(spare, 1, None if sample is None else sample.clone())
         if sent.parked is not None:
             self.receive(sent.parked, spare)
             self._arena.arrive(spare)

@@ -16,7 +16,7 @@ import torch
 from hypothesis import Phase, settings
 
 from djinn_fx.runtime.bits import same_bits
-from djinn_fx.runtime.doubt import Doubt, Doubts
+from djinn_fx.runtime.doubt import Doubt, Doubts, Verdict
 
 # The number of threads decides how reductions are cut, hence their bits: the same on every machine. One is also the
 # fastest for models this small.
@@ -66,7 +66,7 @@ def late_answers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 
     def raised(doubts: Doubts, value: torch.Tensor, before: torch.Tensor) -> Doubt:
         known = not same_bits(value, before)
-        return Doubt(value.clone(), None, lambda: known)
+        return Doubt(value.clone(memory_format=torch.contiguous_format), Verdict(None, lambda: known))
 
     monkeypatch.setattr(Doubts, "raised", raised)
 

@@ -71,10 +71,12 @@ def test_three_in_a_row_then_written_to_elsewhere_and_resumed(
             assert_same(finish(run_of(session)), expected)
 
 
+@pytest.mark.parametrize("act", [leave_alone, look])
 @pytest.mark.parametrize("reached", [1, 2, 4], ids=["first chunk", "second chunk", "decode"])
-def test_nothing_waits_at_a_stop_that_nobody_looked_at(dj: djinn.Dj, reached: int) -> None:
+def test_nothing_waits_at_a_stop(dj: djinn.Dj, reached: int, act: Callable[[Stop], None]) -> None:
     run, twin = stopped(dj, reached), stopped(dj, reached)
     stop, expected = some(run.stop), finish(twin)
+    act(stop)
     with no_waiting():
         taken = [stop.checkpoint() for _ in range(2)]
         stop.value.zero_()
@@ -84,6 +86,25 @@ def test_nothing_waits_at_a_stop_that_nobody_looked_at(dj: djinn.Dj, reached: in
             assert_same(finish(run_of(session)), expected)
     with dj.restore(taken[2]) as session:
         assert some(run_of(session).stop).value.eq(0).all()
+
+
+def test_a_change_is_found_on_the_device_and_questions_do_not_pile_up(dj: djinn.Dj) -> None:
+    run = stopped(dj, 4)
+    stop = some(run.stop)
+    before = stop.value.clone()
+    hold_up(dj)
+    taken = [stop.checkpoint() for _ in range(3)]
+    stop.value.mul_(2)
+    taken.append(stop.checkpoint())
+    for _ in range(50):
+        stop.checkpoint()  # dropped with the question it asked
+        torch.cuda.synchronize()
+    assert len(dj.engine.doubts._made) < 20
+    for checkpoint, value in zip(taken, [before, before, before, before * 2], strict=True):
+        changed = value is not before
+        assert checkpoint._contents().session["run"]["flight"]["stop"]["changed"] is changed
+        with dj.restore(checkpoint) as session:
+            assert_same_bits(some(run_of(session).stop).value, value)
 
 
 def test_a_parked_session_sends_its_value_alone(dj: djinn.Dj) -> None:

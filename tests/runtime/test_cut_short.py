@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import SimpleNamespace
@@ -37,8 +38,8 @@ def dj() -> Iterator[djinn.Dj]:
     close_all(made)
 
 
-class Cut(list[Question]):
-    """A list whose user is interrupted right after he put something into it."""
+class Cut(deque[Question]):
+    """A queue whose user is interrupted right after he put something into it."""
 
     def append(self, item: Question) -> None:
         super().append(item)
@@ -53,12 +54,12 @@ def test_an_answer_that_was_interrupted_is_not_that_of_the_next_question() -> No
     doubt = doubts.about(torch.zeros(1), question)
     with pytest.raises(KeyboardInterrupt):
         doubt.holds()
-    doubts._free = list(free)
+    doubts._free = deque(free)
     next_one = doubts.question()
     assert next_one is question
     assert doubt.holds()
     assert not doubts.about(torch.zeros(1), next_one).holds()
-    assert doubts._free == [question], "two doubts would share it"
+    assert list(doubts._free) == [question], "two doubts would share it"
 
 
 def edit(stop: djinn.Stop) -> None:

@@ -35,6 +35,22 @@ def test_on_a_gpu_it_is_told_later(dtype: torch.dtype) -> None:
         assert asked[2].own.is_contiguous()
 
 
+def test_a_question_is_asked_again_once_nobody_waits_for_it_and_the_device_is_through() -> None:
+    doubts = Doubts(torch.device("cpu"))
+    first, second = doubts.question(), doubts.question()
+    first.word.fill_(1)
+    first._open = True  # as on CUDA, where an event would say when it is over
+    dropped, asked = (doubts.about(torch.zeros(1), question) for question in (first, second))
+    assert not asked.holds() and not asked.holds()
+    del dropped
+    assert list(doubts._free) == [second, first]
+    assert doubts.question() is second
+    assert doubts.question() not in (first, second), "the device may still write its answer"
+    first._open = False
+    again = doubts.question()
+    assert again is first and not doubts.about(torch.zeros(1), again).holds()
+
+
 @pytest.mark.parametrize("at", ["prompt", "generated"])
 def test_what_turns_out_to_be_no_edit_is_none(at: str) -> None:
     dj = shared("gpt2")
