@@ -24,8 +24,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import djinn_fx as djinn
 from djinn_fx.program import KVSpec
 from djinn_fx.runtime.arena import KVArena
+from djinn_fx.runtime.parcels import Sent
 from djinn_fx.runtime.pinned import HostPool
-from djinn_fx.runtime.transfer import Sent, Transfer
+from djinn_fx.runtime.transfer import Transfer
 
 DEVICE, DTYPE = "cuda", torch.bfloat16
 MIB = 2**20

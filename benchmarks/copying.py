@@ -14,8 +14,9 @@ from djinn_fx.benchmarks.models import Loaded
 from djinn_fx.kernels import pack as packing
 from djinn_fx.program import KVSpec
 from djinn_fx.runtime.arena import KVArena
+from djinn_fx.runtime.parcels import Sent
 from djinn_fx.runtime.pinned import SLAB, HostPool
-from djinn_fx.runtime.transfer import Sent, Transfer
+from djinn_fx.runtime.transfer import Transfer
 
 #: Positions of a row beyond the prefix that is copied: what makes the tensors strided.
 SLACK = 9

@@ -136,7 +136,7 @@ class Replays:
         self.begin()
         logits = []
         for _ in range(count):
-            replayed.run()
+            replayed.step.run()
             logits.append(replayed.logits()[:, 0].clone())
         stacked = torch.stack(logits, 1).cpu()
         return Answer(stacked.float().argmax(-1), stacked)
@@ -146,7 +146,7 @@ class Replays:
 
         def repeat(times: int) -> None:
             for _ in range(times):
-                replayed.run()
+                replayed.step.run()
 
         self.begin()
         whole = clock.device_seconds(self.dj.engine.device, lambda: repeat(count), lambda: repeat(warm))

@@ -24,12 +24,13 @@ class Taking:
         Args:
             value: of any shape and dtype.
             before: as ``value``.
-            own: as ``value``, contiguous; takes the copy, bit for bit.
+            own: takes the copy, bit for bit: as ``value``, contiguous, or bytes ``[value.nbytes]``, pinned ones too.
             differs: int32 ``[1]``, 0 before, on the CPU or pinned; 1 if a bit differs.
         """
-        if own.is_cuda and uses_triton():
-            if own.is_complex():
-                value, before, own = torch.view_as_real(value), torch.view_as_real(before), torch.view_as_real(own)
+        if value.is_cuda and uses_triton():
+            if value.is_complex():
+                value, before = torch.view_as_real(value), torch.view_as_real(before)
+                own = torch.view_as_real(own) if own.is_complex() else own
             triton_taking.take(value.contiguous(), before.contiguous(), own, differs, self._kernels)
         else:
             take(value, before, own, differs)
@@ -38,5 +39,7 @@ class Taking:
 def take(value: Tensor, before: Tensor, own: Tensor, differs: Tensor) -> None:
     """The torch twin of :class:`Taking`."""
     mine = words(value)
-    words(own).copy_(mine)
+    if own.dtype != value.dtype or own.shape != value.shape:
+        own = own.view(value.dtype).view(value.shape)
+    words(own).copy_(mine, non_blocking=True)
     differs.copy_((mine != words(before)).any().view(1), non_blocking=True)

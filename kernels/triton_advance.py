@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from djinn_fx.kernels.backend import jit, next_power_of_2, tl
-from djinn_fx.kernels.triton_taking import Taken, taken_words
+from djinn_fx.kernels.triton_taking import taken_words
 
 #: Logits that a program looks at.
 RUN = 2048
@@ -45,67 +45,73 @@ def begin(
     count: int,
     raised: Tensor,
     flags: Tensor,
-    anew: bool,
-    taken: Taken | None,
+    parts: int,
+    tiles: int,
+    letter: bool,
     kernels: dict[object, Any],
 ) -> None:
     """See :class:`djinn_fx.kernels.advance.Beginning`; what is pinned is read over the bus.
 
     Args:
-        message: see there.
+        message: see :class:`djinn_fx.kernels.advance.Message`.
         ints: see there.
         count: see there.
         raised: see there.
         flags: see there.
-        anew: see there.
-        taken: see there.
-        kernels: those found so far for these buffers, by the dtype of what is taken; a new one is added.
+        parts: how many programs bring over flags.
+        tiles: how many bring over the value.
+        letter: whether it is for one step alone.
+        kernels: those found so far for these buffers; a new one is added.
     """
-    lanes, nbytes = message.shape[1], flags.numel()
-    value, place, own, differs = taken or (flags, flags, flags, ints)
-    size = value.nbytes if taken else 0
-    parts = -(-nbytes // TILE) if anew else 0
-    grid, key = (1 + parts + -(-size // TILE), 1, 1), (value.dtype, taken is None)
-    numbers, kernel = (size, lanes, next_power_of_2(lanes), TILE), kernels.get(key)
+    lanes, grid, kernel = message.shape[1], (1 + parts + tiles, 1, 1), kernels.get(letter)
+    numbers = lanes, next_power_of_2(lanes), TILE, letter
     if kernel is None:
         with torch.cuda.device_of(ints):
-            kernels[key] = _begin[grid](
-                message, ints, count, raised, flags, nbytes, parts, value, place, own, differs, *numbers, num_warps=2
+            kernels[letter] = _begin[grid](
+                message, ints, count, raised, flags, flags.numel(), parts, *numbers, num_warps=2
             )
     else:
         # Addresses: a tensor would be asked for its own, and the driver whether it is one, at several times the cost.
-        kernel[grid](
-            message.data_ptr(), ints.data_ptr(), count, raised.data_ptr(), flags.data_ptr(), nbytes, parts,
-            value.data_ptr(), place.data_ptr(), own.data_ptr(), differs.data_ptr(), *numbers,
-        )  # fmt: skip
+        places = message.data_ptr(), ints.data_ptr(), count, raised.data_ptr(), flags.data_ptr()
+        kernel[grid](*places, flags.numel(), parts, *numbers)
 
 
-@jit(do_not_specialize=("count", "nbytes", "parts", "size"))
+@jit(do_not_specialize=("count", "nbytes", "parts"))
 def _begin(  # type: ignore[no-untyped-def]
-    message, ints, count, raised, flags, nbytes, parts, value, place, own, differs, size,
-    LANES: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+    message, ints, count, raised, flags, nbytes, parts,
+    LANES: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, LETTER: tl.constexpr,
 ):  # fmt: skip
     """What is new for each lane in the first program, some of the flags in each of the next, then some of the value."""
-    part = tl.program_id(0)
-    if part == 0:
-        lane = tl.arange(0, BLOCK)
-        inside = lane < count
-        # All of it is read at once: each way over the bus takes as long as the rest.
-        news = tl.load(message + 5 * LANES + lane, mask=inside, other=0)
-        for row in tl.static_range(0, 5):
-            said = tl.load(message + row * LANES + lane, mask=inside)
-            tl.store(ints + row * LANES + lane, said, mask=news > (1 if row == 0 else 0))
-    elif part <= parts:
-        word = (part - 1) * (TILE // 4) + tl.arange(0, TILE // 4)
-        within = word < nbytes // 16 * 4
-        there = tl.multiple_of(raised.to(tl.pointer_type(tl.int32)), 16) + word
-        here = tl.multiple_of(flags.to(tl.pointer_type(tl.int32)), 16) + word
-        tl.store(here, tl.load(there, mask=within), mask=within)
-    else:
-        new, at, inside, differ = taken_words(value, place, own, size, part - parts - 1, TILE)
-        tl.store(tl.multiple_of(place.to(tl.pointer_type(tl.int32)), 16) + at, new, mask=inside)
-        if differ != 0:
-            tl.store(differs.to(tl.pointer_type(tl.int32)), 1)
+    part, rest = tl.program_id(0), message + 6 * LANES
+    meant = True
+    if LETTER:
+        meant = tl.load(rest + 6) == tl.load(ints + 4 * LANES)
+    if meant:
+        if part == 0:
+            lane = tl.arange(0, BLOCK)
+            inside = lane < count
+            # All of it is read at once: each way over the bus takes as long as the rest.
+            news = tl.load(message + 5 * LANES + lane, mask=inside, other=0)
+            for row in tl.static_range(0, 5):
+                said = tl.load(message + row * LANES + lane, mask=inside)
+                tl.store(ints + row * LANES + lane, said, mask=news > (1 if row == 0 else 0))
+        elif part <= parts:
+            word = (part - 1) * (TILE // 4) + tl.arange(0, TILE // 4)
+            within = word < nbytes // 16 * 4
+            there = tl.multiple_of(raised.to(tl.pointer_type(tl.int32)), 16) + word
+            here = tl.multiple_of(flags.to(tl.pointer_type(tl.int32)), 16) + word
+            anew = tl.load(rest + 5)
+            tl.store(here, tl.load(there, mask=within), mask=within & (anew != 0))
+        else:
+            value = tl.load(rest).to(tl.pointer_type(tl.int32))
+            place = tl.load(rest + 1).to(tl.pointer_type(tl.int32))
+            own = tl.load(rest + 2).to(tl.pointer_type(tl.int32))
+            differs = tl.load(rest + 3).to(tl.pointer_type(tl.int32))
+            size = tl.load(rest + 4)
+            new, at, inside, differ = taken_words(value, place, own, size, part - parts - 1, TILE)
+            tl.store(tl.multiple_of(place, 16) + at, new, mask=inside)
+            if differ != 0:
+                tl.store(differs, 1)
 
 
 @jit

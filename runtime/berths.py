@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from djinn_fx.runtime.parcels import Parked
 from djinn_fx.runtime.scarce import memory_for
 from djinn_fx.runtime.tables import BatchRow
-from djinn_fx.runtime.transfer import Parked
 
 if TYPE_CHECKING:
     from djinn_fx.runtime.engine import Engine

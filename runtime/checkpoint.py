@@ -26,12 +26,12 @@ from djinn_fx.runtime.fingerprint import (
     model_differences,
     weight_differences,
 )
+from djinn_fx.runtime.parcels import Parked, Sent, fetch
 from djinn_fx.runtime.pinned import HostPool
 from djinn_fx.runtime.restore import fill, require_fit
 from djinn_fx.runtime.saved import Saved
 from djinn_fx.runtime.scarce import lacks_memory, memory_for, no_memory
 from djinn_fx.runtime.snapshot import SessionState, Snapshot, snapshot
-from djinn_fx.runtime.transfer import Parked, Sent, fetch
 from djinn_fx.sites import SiteTable
 from djinn_fx.specs import Breakpoint
 
@@ -283,8 +283,8 @@ def take_checkpoint(session: Session, *, between: bool = False, beyond: bool = F
     engine = session.engine
     row = session.row if session.host is None else None  # nothing writes into what was offloaded: it is shared
     try:
-        taken, values = snapshot(session, between=between)
-        sent = engine.transfer.send(row, session.length, values, beyond=beyond)
+        taken, value, copy = snapshot(session, between=between)
+        sent = engine.transfer.send(row, session.length, value, copy=copy, beyond=beyond)
     except (MemoryError, RuntimeError) as error:  # by hand: as a context it costs more
         if not lacks_memory(error):
             raise

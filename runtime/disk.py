@@ -23,8 +23,8 @@ import torch
 
 from djinn_fx.errors import CapacityError, CheckpointError
 from djinn_fx.kernels.rows import RowLayout
+from djinn_fx.runtime.parcels import Parked
 from djinn_fx.runtime.pinned import HostPool, ordinary
-from djinn_fx.runtime.transfer import Parked
 
 try:
     import fcntl

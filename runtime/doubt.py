@@ -16,6 +16,7 @@ import torch
 
 from djinn_fx.kernels.taking import Taking
 from djinn_fx.runtime.bits import same_bits
+from djinn_fx.runtime.copystream import mark
 
 
 class Question:
@@ -29,7 +30,7 @@ class Question:
         cuda = device.type == "cuda"
         self.word = torch.zeros(1, dtype=torch.int32, pin_memory=cuda)
         self._told = self.word.numpy()
-        self._passed = torch.cuda.Event() if cuda else None
+        self._passed: torch.cuda.Event | None = None
         self._stream = torch.cuda.default_stream(device) if cuda else None  # whoever holds the engine's lock is on it
         self._open = False
 
@@ -45,11 +46,12 @@ class Question:
         self._told[0] = 0
         return self
 
-    def asked(self) -> None:
-        """The comparison was enqueued just now."""
-        if self._passed is not None:
-            self._passed.record(self._stream)
+    def asked(self) -> torch.cuda.Event | None:
+        """The comparison was enqueued just now; returns what passes with it, on CUDA."""
+        if self._stream is not None:
+            self._passed = mark(self._stream)  # a new one: others may keep it for longer than the question is this one
             self._open = True
+        return self._passed
 
     def answer(self) -> bool:
         """Whether the value differs; waits until the device has compared it."""
@@ -117,6 +119,10 @@ class Doubt(NamedTuple):
         return self.verdict.holds()
 
 
+#: Copies a value to where it is given, in the order of the engine's stream, and compares it; returns what passes then.
+Copy = Callable[[torch.Tensor], torch.cuda.Event | None]
+
+
 class Doubts:
     """The open questions of one engine; the caller holds its lock.
 
@@ -141,14 +147,29 @@ class Doubts:
             return Doubt(own, Verdict(not same_bits(own, before)))
         own = torch.empty(value.shape, dtype=value.dtype, device=value.device)
         question = self.question()
-        self._taking(value, before, own, question.word)
-        question.asked()
+        self._copy(value, before, question, own)
         return self.about(own, question)
 
     def warm(self, dtype: torch.dtype) -> None:
         """Make what the first value of a dtype would have to make: CUDA loads a kernel when it is first launched."""
         value = torch.zeros(16, dtype=dtype, device=self._device)
         self.raised(value, value).holds()
+
+    def carried(self, value: torch.Tensor, before: torch.Tensor) -> tuple[Verdict, Copy]:
+        """:meth:`raised` for whoever has a place for the copy: the verdict, and what makes the copy, on CUDA.
+
+        Args:
+            value: see there.
+            before: see there.
+        """
+        question = self.question()
+        return self._verdict(question), partial(self._copy, value, before, question)
+
+    def _copy(
+        self, value: torch.Tensor, before: torch.Tensor, question: Question, own: torch.Tensor
+    ) -> torch.cuda.Event | None:
+        self._taking(value, before, own, question.word)
+        return question.asked()
 
     def question(self) -> Question:
         """A question that nobody has asked yet."""
@@ -160,4 +181,7 @@ class Doubts:
 
     def about(self, own: torch.Tensor, question: Question) -> Doubt:
         """The doubt that a question will settle."""
-        return Doubt(own, Verdict(None, question.answer, partial(self._free.append, question)))
+        return Doubt(own, self._verdict(question))
+
+    def _verdict(self, question: Question) -> Verdict:
+        return Verdict(None, question.answer, partial(self._free.append, question))

@@ -208,7 +208,6 @@ def _seek(engine: Engine, run: Run, alone: bool) -> Stop | None:
     flight = run.flight
     if flight is None or (flight.values is None and flight.chunk is None):
         return None
-    flight.settle()
     sure = run.target is None and not run.halting and flight.passes
     ahead = [] if sure else planner.watched(run, flight, flight.sites(engine.sites))
     for site in ahead:
@@ -297,6 +296,7 @@ def _commit(engine: Engine, run: Run, flight: Flight) -> int | None:
             known = flight.drawn if options.sampling.do_sample else flight.token
             if known is None:
                 known = _drawn(run, flight.logits()[-1:], flight.step.stop)
+        flight.settle()  # only now: by here the device has answered
         step, drawn = flight.step, [] if known is None else [known]
         end, sampled, over, why = step.stop, [True] * len(drawn), False, None
         if ends:

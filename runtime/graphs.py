@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -29,10 +29,17 @@ Stream = torch.cuda.Stream | None
 
 @dataclass(frozen=True, eq=False)
 class Runnable:
-    """A step, or a part of one, that runs on the current stream without waiting; on CUDA it is a graph."""
+    """A step, or a part of one, that runs on the current stream without waiting; on CUDA it is a graph.
+
+    Attributes:
+        run: runs it.
+        graph: the graph.
+        opens: whether it begins by opening a letter that is for it: see :meth:`djinn_fx.runtime.outbox.Outbox.post`.
+    """
 
     run: Callable[[], None]
     graph: torch.cuda.CUDAGraph | None = None
+    opens: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,19 +59,20 @@ class Replayed:
     step: Runnable
     values: Env
     _end: Callable[[Env], None]
+    _opening: Callable[[], None] | None
     _stream: Stream
     _rests: dict[int, Runnable] = field(default_factory=dict, repr=False)
     _asked: dict[int, int] = field(default_factory=dict, repr=False)
 
-    def run(self, first: int = 0) -> None:
-        """Run a step on the current stream, without waiting.
+    def part(self, first: int = 0) -> Runnable:
+        """A step from one of its segments on, or the whole step where that part is not ready.
 
         Args:
             first: the segment to begin with: what those before it made in the last run, and wrote to the arena, is
                 what they would make now.
         """
         rest = self._rest(first) if first else None
-        (rest or self.step).run()
+        return rest or self.step
 
     def logits(self) -> torch.Tensor:
         """The logits ``[rows, 1, vocab]`` of the last run; the next one overwrites them."""
@@ -98,10 +106,13 @@ class Replayed:
     def _remainder(self, first: int) -> Runnable:
         made = sorted({name for segment in self.program.segments[first:] for name in segment.outputs})
         beside = None if self._stream is None else torch.cuda.Stream(self._stream.device)
+        opening = None if self._stream is not None and self.step.graph is None else self._opening
 
         @torch.no_grad()
         def step() -> None:
             env = dict(self.values)
+            if opening is not None:
+                opening()
             run_segments(self.program, env, first, len(self.program.segments) - 1)
             with _branch(beside):  # whoever waits for the token does not wait for these copies
                 copy_all([self.values[name] for name in made], [env[name] for name in made])
@@ -110,10 +121,12 @@ class Replayed:
                 torch.cuda.current_stream(beside.device).wait_stream(beside)
 
         if self._stream is None or self.step.graph is None:
-            return Runnable(step)
+            return Runnable(step, opens=opening is not None)
         values = [self.values[name] for name in made]
         copy_all(values, [value.clone() for value in values])  # so that no kernel is loaded in a capture
-        return _captured(step, self._stream, None, again=self.step.graph)
+        if opening is not None:
+            opening()  # likewise; there is no letter for now
+        return replace(_captured(step, self._stream, None, again=self.step.graph), opens=opening is not None)
 
 
 @contextmanager
@@ -127,7 +140,14 @@ def _branch(stream: Stream) -> Iterator[None]:
         yield
 
 
-def capture(program: Program, inputs: Env, slot: torch.Tensor, ring: torch.Tensor, stream: Stream) -> Replayed:
+def capture(
+    program: Program,
+    inputs: Env,
+    slot: torch.Tensor,
+    ring: torch.Tensor,
+    stream: Stream,
+    opening: Callable[[], None] | None = None,
+) -> Replayed:
     """Make a program ready to run over ``inputs``, which must stay where they are.
 
     The lanes must be dead meanwhile, so that warming up writes nowhere.
@@ -138,6 +158,7 @@ def capture(program: Program, inputs: Env, slot: torch.Tensor, ring: torch.Tenso
         slot: as :func:`djinn_fx.kernels.advance.advance` takes it.
         ring: likewise.
         stream: where to warm up and capture on CUDA; one for all programs, since libraries keep memory per stream.
+        opening: what graphs of parts of it begin with, if anything.
     """
     values: Env = {}
 
@@ -153,7 +174,7 @@ def capture(program: Program, inputs: Env, slot: torch.Tensor, ring: torch.Tenso
         end(env)
 
     made = Runnable(step) if stream is None else _captured(step, stream, program.feed)
-    return Replayed(program, made, values, end, stream)
+    return Replayed(program, made, values, end, opening, stream)
 
 
 def _captured(

@@ -7,11 +7,12 @@ again each step.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from djinn_fx.kernels.triton_taking import Taken
@@ -273,6 +274,8 @@ class Lanes:
         count: int,
         number: int,
         taken: Taken,
+        *,
+        post: bool = False,
     ) -> None:
         """:meth:`write` a plan that differs from what a lane holds by an injection alone, and :meth:`change`, in one.
 
@@ -283,10 +286,14 @@ class Lanes:
             count: likewise.
             number: likewise.
             taken: the value, its tap, a copy, and whether it differs from what the tap held.
+            post: whether a graph that begins with :meth:`opening` runs step ``number``; :meth:`sent` is to follow it.
         """
         now, self.written[lane] = self.written[lane], STALE
         self._flag(lane, now, plan)
-        self._send(numbers, count, number, whole=False, taken=taken)
+        if post:
+            self.outbox.post(numbers, count, number, flags=self._news(), taken=taken)
+        else:
+            self._send(numbers, count, number, whole=False, taken=taken)
         self.written[lane] = plan
 
     def index_of(self, site: Site) -> int | None:
@@ -302,9 +309,20 @@ class Lanes:
         whole: bool,
         taken: Taken | None = None,
     ) -> None:
-        flags = self._host_flags if self._flags_changed else None
-        self.outbox.send(rows, count, number, whole=whole, flags=flags, taken=taken)
+        self.outbox.send(rows, count, number, whole=whole, flags=self._news(), taken=taken)
+        self.sent()
+
+    def sent(self) -> None:
+        """The device has the flags, or will before anything else; until this is said they are sent again."""
         self._flags_changed = False
+
+    def opening(self, count: int) -> Callable[[], None] | None:
+        """What a graph of ``count`` lanes begins with to open what was posted; None where graphs cannot."""
+        return self.outbox.opening(count, max((taps[0, 0].nbytes for taps in self.taps), default=0))
+
+    def _news(self) -> npt.NDArray[np.bool_] | None:
+        """The flags, if they changed since they were last sent."""
+        return self._host_flags if self._flags_changed else None
 
     @property
     def dead(self) -> tuple[int, int, int, int]:

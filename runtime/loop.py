@@ -19,7 +19,7 @@ import torch
 from djinn_fx.errors import InternalError
 from djinn_fx.runtime.arena import KVArena
 from djinn_fx.runtime.doubt import Question
-from djinn_fx.runtime.graphs import Replayed, Stream, capture
+from djinn_fx.runtime.graphs import Replayed, Runnable, Stream, capture
 from djinn_fx.runtime.lanes import Lanes, Written
 from djinn_fx.runtime.launch import Launch, LaunchValues, Seat
 from djinn_fx.runtime.outbox import SLOTS
@@ -139,7 +139,7 @@ class DecodeLoop:
             return None
         last.end()
         self._last = None
-        self._run(self._ready[(last.shape.rows, last.variant)])
+        self._run(self._ready[(last.shape.rows, last.variant)].step)
         self._last = made = self._counted(last.following(self._number))
         return made
 
@@ -168,11 +168,13 @@ class DecodeLoop:
         """
         replayed, seat, shape = poised.replayed, poised.seat, poised.launch.shape
         poised.launch.end()
-        self._last = None
+        self._last, part = None, replayed.part(poised.begin)
         taken = (value, poised.place, poised.own, question.word)
-        self.lanes.inject(seat.lane, poised.plan, poised.numbers, shape.rows, self._number, taken)
+        self.lanes.inject(seat.lane, poised.plan, poised.numbers, shape.rows, self._number, taken, post=part.opens)
+        made = self._start(replayed, part, shape, {seat.lane: seat}, None)
+        self.lanes.sent()
         question.asked()
-        return self._start(replayed, poised.begin, shape, {seat.lane: seat})
+        return made
 
     def _alone(self, last: Launch) -> bool:
         """Whether a launch ran the step of one row, tapped, and nothing has changed since."""
@@ -204,7 +206,8 @@ class DecodeLoop:
             self.lanes.upload({}, rows, 0)  # dead lanes: warming up writes nowhere
             if self._stream is None and self.lanes.device.type == "cuda":
                 self._stream = torch.cuda.Stream(self.lanes.device)
-            self._ready[key] = capture(program, env, self.lanes.slot, self.lanes.ring, self._stream)
+            opening = self.lanes.opening(rows)
+            self._ready[key] = capture(program, env, self.lanes.slot, self.lanes.ring, self._stream, opening)
         return self._ready[key]
 
     def retire(self) -> None:
@@ -288,18 +291,13 @@ class DecodeLoop:
         else:
             some = self._numbers({lane: rows.get(lane) for lane in changed})
             self.lanes.change(some, shape.rows, self._number)
-        return self._start(replayed, begin, shape, rows, before)
+        return self._start(replayed, replayed.part(begin), shape, rows, before)
 
     def _start(
-        self,
-        replayed: Replayed,
-        begin: int,
-        shape: ProgramShape,
-        rows: Mapping[int, Seat],
-        before: Launch | None = None,
+        self, replayed: Replayed, part: Runnable, shape: ProgramShape, rows: Mapping[int, Seat], before: Launch | None
     ) -> Launch:
         """Run what the lanes were made ready for; it is the last launch then."""
-        self._run(replayed, begin)
+        self._run(part)
         made = Launch(shape, replayed.program.variant, rows, self.lanes, replayed.logits, self._number, before)
         self._last = self._counted(made)
         return made
@@ -325,12 +323,12 @@ class DecodeLoop:
             found[lane] = (token, start, seat.row.arena_row, start + 1)
         return found
 
-    def _run(self, replayed: Replayed, begin: int = 0) -> None:
-        """Run a program, once the place where its tokens go is free."""
+    def _run(self, part: Runnable) -> None:
+        """Run a step or a part of one, once the place where its tokens go is free."""
         oldest = self._recent[0]() if len(self._recent) == self._recent.maxlen else None
         if oldest is not None:
             oldest.tokens()
-        replayed.run(begin)
+        part.run()
 
     def _counted(self, launch: Launch) -> Launch:
         self._number += 1

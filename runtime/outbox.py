@@ -7,13 +7,14 @@ launch a step brings over all of them; a slot is used again when the device is p
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from djinn_fx.kernels.advance import INPUTS, KEEP, NEW, OTHER, Beginning
+from djinn_fx.kernels.advance import INPUTS, KEEP, NEW, OTHER, Beginning, Message
 from djinn_fx.kernels.triton_taking import Taken
 from djinn_fx.runtime.steps import UNKNOWN
 
@@ -22,7 +23,7 @@ SLOTS = 16
 
 
 class Outbox:
-    """Messages of the last steps.
+    """Messages of the last steps, and one letter, which a graph opens by itself when it runs.
 
     Args:
         ints: what lanes run, int64 ``[INPUTS - 1, lanes]`` on the device.
@@ -31,15 +32,12 @@ class Outbox:
 
     def __init__(self, ints: torch.Tensor, flags: torch.Tensor) -> None:
         device = ints.device
-        pinned = device.type == "cuda"
-        inputs = torch.zeros(SLOTS, INPUTS, ints.shape[1], dtype=torch.int64, pin_memory=pinned)
-        raised = torch.zeros(SLOTS, flags.numel(), dtype=torch.uint8, pin_memory=pinned)
-        self._slots = list(zip(inputs, raised, strict=True))
-        self._written, self._raised = inputs.numpy(), raised.view(torch.bool).view(SLOTS, *flags.shape).numpy()
-        self._ints, self._flags = ints, flags.view(torch.uint8).view(-1)
+        pinned, lanes, nbytes = device.type == "cuda", ints.shape[1], flags.numel()
+        self._slots = [Message(lanes, nbytes, pinned) for _ in range(SLOTS)]
+        self._letter, self._posted = Message(lanes, nbytes, pinned), 0  # the number of the step it was posted for
         self._passed = [torch.cuda.Event() for _ in range(SLOTS)] if pinned else None
         self._stream = torch.cuda.default_stream(device) if pinned else None  # whoever holds the engine's lock is on it
-        self._beginning = Beginning()
+        self._beginning = Beginning(ints, flags.view(torch.uint8).view(-1))
 
     def send(
         self,
@@ -62,16 +60,35 @@ class Outbox:
             flags: as they are now; None where none has changed.
             taken: a value that goes to its place; see :class:`djinn_fx.kernels.advance.Beginning`.
         """
-        slot = self._slot(number)
-        message = self._written[slot]
-        if not whole:
-            message[-1, :count] = KEEP
-        for lane, numbers in rows.items():
-            message[:, lane] = (*numbers, number, OTHER if numbers[0] == UNKNOWN else NEW)
-        if flags is not None:
-            self._raised[slot] = flags
-        inputs, raised = self._slots[slot]
-        self._beginning(inputs, self._ints, count, raised, self._flags, flags is not None, taken)
+        message = self._slots[self._free(number)]
+        _write(message, rows, count, number, whole, flags)
+        self._beginning(message, count, flags is not None, taken)
+
+    def post(
+        self,
+        rows: Mapping[int, tuple[int, int, int, int]],
+        count: int,
+        number: int,
+        *,
+        flags: npt.NDArray[np.bool_] | None,
+        taken: Taken,
+    ) -> None:
+        """:meth:`send`, not whole, to be opened by the graph that runs step ``number``: see :meth:`opening`."""
+        self._free(self._posted)
+        letter, self._posted = self._letter, number
+        letter.tell(False, None)  # an interrupt: half a letter is for nobody
+        _write(letter, rows, count, number, False, flags)
+        letter.tell(flags is not None, taken, number)
+
+    def opening(self, count: int, most: int) -> Callable[[], None] | None:
+        """What a graph begins with to open the letter that is for it, if there is one; None where graphs cannot.
+
+        Args:
+            count: how many lanes its program has.
+            most: bytes of the longest value that may be in it.
+        """
+        beginning = self._beginning
+        return partial(beginning.read, self._letter, count, most) if beginning.reads_letters else None
 
     def passed(self, number: int) -> torch.cuda.Event | None:
         """An event that passes when step ``number``, enqueued just now, is done; None on the CPU, where it is."""
@@ -81,9 +98,27 @@ class Outbox:
         event.record(self._stream)  # to look up the current one takes longer
         return event
 
-    def _slot(self, number: int) -> int:
+    def _free(self, number: int) -> int:
         """Where the messages of a step lie, once nobody reads what lay there."""
         slot = number % SLOTS
         if self._passed is not None and not self._passed[slot].query():
             self._passed[slot].synchronize()
         return slot
+
+
+def _write(
+    message: Message,
+    rows: Mapping[int, tuple[int, int, int, int]],
+    count: int,
+    number: int,
+    whole: bool,
+    flags: npt.NDArray[np.bool_] | None,
+) -> None:
+    """Write down what lanes run: see :meth:`Outbox.send`."""
+    numbers = message.numbers
+    if not whole:
+        numbers[INPUTS - 1, :count] = KEEP
+    for lane, those in rows.items():
+        numbers[:INPUTS, lane] = (*those, number, OTHER if those[0] == UNKNOWN else NEW)
+    if flags is not None:
+        message.flags[:] = flags.reshape(-1)

@@ -18,9 +18,9 @@ from djinn_fx.views import View
 if TYPE_CHECKING:
     from djinn_fx.runtime.disk import Filed
     from djinn_fx.runtime.engine import Engine
+    from djinn_fx.runtime.parcels import Parked
     from djinn_fx.runtime.run import Run
     from djinn_fx.runtime.session import Session
-    from djinn_fx.runtime.transfer import Parked
 
 
 @dataclass(frozen=True)

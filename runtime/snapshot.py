@@ -11,7 +11,7 @@ import torch
 
 from djinn_fx.errors import SessionBusy
 from djinn_fx.runtime.breakpoints import ArmedBreakpoint
-from djinn_fx.runtime.doubt import Doubt, Doubts, Verdict
+from djinn_fx.runtime.doubt import Copy, Doubts, Verdict
 from djinn_fx.runtime.modes import outside_inference
 from djinn_fx.runtime.results import StepRecord
 from djinn_fx.runtime.run import Run, RunOptions
@@ -147,14 +147,14 @@ class Snapshot(NamedTuple):
         return self.session(None if self.run is None else self.run(flight))
 
 
-def snapshot(session: Session, *, between: bool = False) -> tuple[Snapshot, torch.Tensor | None]:
+def snapshot(session: Session, *, between: bool = False) -> tuple[Snapshot, torch.Tensor | None, Copy | None]:
     """A session as it stands; the caller holds the engine's lock. It waits for nothing.
 
     Tensors that nothing mutates are shared. With ``between`` it may be driven, if no step of it is in the air.
 
     Returns:
-        the snapshot, and for a stop its value, ``[tokens, *feature_shape]``, contiguous and not written from now on;
-        where somebody was given the value, a copy of it, which the device compares with what the step had left there.
+        the snapshot, and for a stop its value, ``[tokens, *feature_shape]``, contiguous and not written from now on. On
+        CUDA, where somebody was given the value, it is the value itself, and the third makes the copy; else it is None.
 
     Raises:
         SessionBusy: its run is being driven just now.
@@ -178,28 +178,30 @@ def snapshot(session: Session, *, between: bool = False) -> tuple[Snapshot, torc
         tuple(session.journal),
     )
     if run is None:
-        return Snapshot(made, None, None, None), None
+        return Snapshot(made, None, None, None), None, None
     ran = _run_state(run)
     if flight is None:
-        return Snapshot(made, ran, None, None), None
+        return Snapshot(made, ran, None, None), None, None
     flight.settle()
     flown, stop = partial(FlightState, flight.step, flight.passed), run.stop
     if stop is None:
-        return Snapshot(made, ran, flown, None), None
+        return Snapshot(made, ran, flown, None), None, None
     lent = stop.lend()
     if lent is not None:
-        return Snapshot(made, ran, flown, Frame(stop.site, stop.fired, None)), lent
-    doubt = _doubted(session.engine.doubts, stop, flight)
-    return Snapshot(made, ran, flown, Frame(stop.site, stop.fired, doubt.verdict)), doubt.own
+        return Snapshot(made, ran, flown, Frame(stop.site, stop.fired, None)), lent, None
+    verdict, value, copy = _doubted(session.engine.doubts, stop, flight)
+    return Snapshot(made, ran, flown, Frame(stop.site, stop.fired, verdict)), value, copy
 
 
-def _doubted(doubts: Doubts, stop: Stop, flight: Flight) -> Doubt:
-    """The value at a stop as it is now, taken over."""
-    value, before = stop.checked_value(), flight.value(stop.place)
-    if torch.is_inference_mode_enabled():
-        with outside_inference():
-            return doubts.raised(value, before)
-    return doubts.raised(value, before)
+def _doubted(doubts: Doubts, stop: Stop, flight: Flight) -> tuple[Verdict, torch.Tensor, Copy | None]:
+    """The value at a stop that somebody was given: whether it was changed, itself, and what copies it."""
+    value, before = stop.fitting(), flight.value(stop.place)
+    if value.is_cuda:
+        verdict, copy = doubts.carried(value, before)
+        return verdict, value, copy
+    with outside_inference():
+        own, verdict = doubts.raised(value.detach(), before)
+    return verdict, own, None
 
 
 def _run_state(run: Run) -> Callable[[FlightState | None], RunState]:

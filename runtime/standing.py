@@ -37,6 +37,7 @@ def deliver(engine: Engine, run: Run, site: Site, fired: Sequence[int], *, alone
         alone: whether nothing else is driven by this thread, so that the run may go on by :func:`go_on`.
     """
     flight = flight_of(run)
+    flight.settle()
     # Under the lock: another thread's step may want the place where it lies.
     with engine.lock, outside_inference():  # the user may write to it wherever
         value = flight.value(site).clone()

@@ -26,7 +26,7 @@ from djinn_fx.runtime.alarm import AlarmClock
 from djinn_fx.runtime.berths import park, seat
 from djinn_fx.runtime.disk import Disk, Filed
 from djinn_fx.runtime.line import Crowded, Line
-from djinn_fx.runtime.transfer import Parked
+from djinn_fx.runtime.parcels import Parked
 
 if TYPE_CHECKING:
     from djinn_fx.runtime.engine import Engine

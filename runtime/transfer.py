@@ -13,17 +13,16 @@ are never behind a copy. On the CPU the same calls copy, at once.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
 from djinn_fx.errors import CapacityError
-from djinn_fx.kernels.rows import WORD, Piece, RowLayout
+from djinn_fx.kernels.rows import WORD, Piece
 from djinn_fx.runtime.arena import KVArena
 from djinn_fx.runtime.copystream import Current, mark, part
+from djinn_fx.runtime.doubt import Copy
 from djinn_fx.runtime.modes import outside_inference
+from djinn_fx.runtime.parcels import GAP, Parked, Sent
 from djinn_fx.runtime.pinned import Block, HostPool, ordinary
 
 #: Bytes of the staging buffer on the device; what is longer goes in pieces of half as many.
@@ -32,94 +31,9 @@ STAGING = 32 << 20
 #: Bytes of the first piece of several: few, so that the bus begins at once, but it takes longer than to send the next.
 FIRST = 6 << 20
 
-#: What follows the KV in a block begins at a multiple of this, and so does the second half of the staging buffer.
-_GAP = 64
-
-
-@dataclass(eq=False)
-class Parked:
-    """KV of one row in host memory, perhaps still on its way.
-
-    Attributes:
-        block: where it lies, packed.
-        layout: how.
-        length: its positions.
-        nbytes: its bytes.
-        arrived: passes when it is there; None on the CPU.
-    """
-
-    block: Block
-    layout: RowLayout
-    length: int
-    nbytes: int
-    arrived: torch.cuda.Event | None = None
-
-    in_memory: ClassVar[bool] = True
-
-    def tensors(self, length: int | None = None) -> list[torch.Tensor]:
-        """Keys and values of each layer, ``[heads, length, dim]``, in the order of ``KVArena.env``.
-
-        The host waits until they are there. They are views that nobody may write; they keep the memory.
-        """
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        found = self.layout.views(self.block.tensor, self.length)
-        return found if length is None else [tensor[:, :length] for tensor in found]
-
-
-@dataclass(eq=False, slots=True)
-class Sent:
-    """What one checkpoint sent.
-
-    Attributes:
-        parked: the KV; None if none was asked for.
-        arrived: passes when all of it is there; None on the CPU.
-        block: the memory, if a tensor went with the KV.
-        place: where it lies in the block: its first byte, dtype and shape.
-        kept: the tensor itself, if it needed no copy.
-    """
-
-    parked: Parked | None
-    arrived: torch.cuda.Event | None = None
-    block: Block | None = None
-    place: tuple[int, torch.dtype, torch.Size] | None = None
-    kept: torch.Tensor | None = None
-
-    @property
-    def extra(self) -> torch.Tensor | None:
-        """The tensor that went with it, on the host, to be read once it has arrived; None if there was none."""
-        if self.block is None or self.place is None:
-            return self.kept
-        start, dtype, shape = self.place
-        return self.block.tensor[start : start + shape.numel() * dtype.itemsize].view(dtype).view(shape)
-
-
-def fetch(tensors: Mapping[str, torch.Tensor], pool: HostPool) -> dict[str, torch.Tensor]:
-    """Tensors on the host: those that lie there as they are, the others copied; the host waits for them.
-
-    The copies are views of one block of ``pool``, or where that has no room left, ordinary memory.
-
-    Args:
-        tensors: whatever is to come; on a GPU each must be computed already, not just enqueued.
-        pool: where the block comes from.
-    """
-    far = {name: tensor for name, tensor in tensors.items() if not tensor.is_cpu}
-    if not far:
-        return dict(tensors)
-    sizes = [-(-tensor.nbytes // _GAP) * _GAP for tensor in far.values()]
-    try:
-        memory = pool.take(sum(sizes)).tensor
-    except CapacityError:
-        return {name: tensor.cpu() for name, tensor in tensors.items()}
-    found, offset = dict(tensors), 0
-    stream = torch.cuda.Stream(next(iter(far.values())).device)
-    with torch.cuda.stream(stream):
-        for (name, tensor), size in zip(far.items(), sizes, strict=True):
-            found[name] = memory[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-            found[name].copy_(tensor, non_blocking=True)
-            offset += size
-    stream.synchronize()
-    return found
+#: Bytes of a value that a kernel copies straight over the bus, in the order of the engine's stream, which it holds up
+#: for twenty microseconds at most; a longer one is copied on the device, and sent beside the engine's work.
+DIRECT = 1 << 20
 
 
 class Transfer:
@@ -154,6 +68,7 @@ class Transfer:
         length: int,
         extra: torch.Tensor | None = None,
         *,
+        copy: Copy | None = None,
         beyond: bool = False,
     ) -> Sent:
         """Begin to copy positions ``[0, length)`` of a row to the host, and one tensor with it.
@@ -161,7 +76,9 @@ class Transfer:
         Args:
             row: the row; None sends ``extra`` alone.
             length: how many positions.
-            extra: contiguous, on the arena's device, not written from now on. On the CPU it is kept as it is.
+            extra: on the arena's device. Without ``copy`` contiguous, not written from now on; on the CPU it is kept as
+                it is.
+            copy: copies ``extra``, which others may write to; on CUDA.
             beyond: to ordinary memory that no budget counts; on CUDA the host waits for that.
 
         Raises:
@@ -169,7 +86,7 @@ class Transfer:
         """
         packer = self._arena.packer
         size = 0 if row is None else length * packer.width
-        start = -(-size // _GAP) * _GAP
+        start = -(-size // GAP) * GAP
         more = 0 if extra is None else extra.nbytes
         whole = start + more if self._cuda and extra is not None else size
         block = (ordinary(whole) if beyond else self._pool).take(whole)
@@ -179,22 +96,56 @@ class Transfer:
                 for piece in packer.pieces(length, size):
                     packer.pack(row, piece, block.tensor)
             return Sent(parked, kept=extra)
-        stream, staging = self._ready()
-        with self._aside:
-            along = False
-            if row is not None and size:
-                along = self._pack(row, length, block.tensor, staging, stream, extra, start)
-            if extra is not None and not along:
-                part(block.tensor, start, more).copy_(extra.view(-1).view(torch.uint8), non_blocking=True)
-            arrived = mark(stream)
-            block.busy_until(arrived)
-            if extra is not None:
-                self._flying.append((arrived, extra))
+        going, arrived = extra, None
+        if extra is not None and copy is not None:
+            going, arrived = self._copied(extra, copy, None if beyond or more > DIRECT else (block, start))
+        if size or arrived is None:
+            arrived = self._send(row, length, block, going, start)
         if parked is not None:
             parked.arrived = arrived
         if extra is None:
             return Sent(parked, arrived)
         return Sent(parked, arrived, block, (start, extra.dtype, extra.shape))
+
+    def _copied(
+        self, extra: torch.Tensor, copy: Copy, place: tuple[Block, int] | None
+    ) -> tuple[torch.Tensor | None, torch.cuda.Event | None]:
+        """Have a tensor copied, straight into its place in a block, or where it is still to be sent from.
+
+        Returns:
+            what is still to be sent, and what passes when the tensor is in its place; one of them.
+        """
+        if place is None:
+            own = torch.empty(extra.shape, dtype=extra.dtype, device=extra.device)
+            copy(own)
+            return own, None
+        block, start = place
+        try:
+            arrived = copy(part(block.tensor, start, extra.nbytes))
+            assert arrived is not None
+            block.busy_until(arrived)
+        except BaseException:  # an interrupt: nothing may write into memory that is then given to somebody else
+            torch.cuda.synchronize(self._arena.device)
+            raise
+        return None, arrived
+
+    def _send(
+        self, row: int | None, length: int, block: Block, extra: torch.Tensor | None, start: int
+    ) -> torch.cuda.Event:
+        """Begin to send KV and ``extra``, which nobody writes, to a block; returns what passes when they are there."""
+        stream, staging = self._ready()
+        with self._aside:
+            along = False
+            if row is not None and length:
+                along = self._pack(row, length, block.tensor, staging, stream, extra, start)
+            if extra is not None and not along:
+                there = part(block.tensor, start, extra.nbytes)
+                there.copy_(extra.view(-1).view(torch.uint8), non_blocking=True)
+            arrived = mark(stream)
+            block.busy_until(arrived)
+            if extra is not None:
+                self._flying.append((arrived, extra))
+        return arrived
 
     def leave(self, row: int) -> None:
         """Zero a row that was sent whole, behind its packing; the caller gives it back with :meth:`KVArena.vacated`."""
@@ -333,7 +284,7 @@ class Transfer:
         # A whole row of a small model, and what goes along; two positions of a head at least.
         size = min(self._limit, packer.width * self._arena.positions + FIRST)
         half = max(size // 2, widest)
-        size = 2 * (-(-half // _GAP) * _GAP)
+        size = 2 * (-(-half // GAP) * GAP)
         try:
             # Of the copy stream's own memory: it is given to nobody else before that stream is through with it.
             with outside_inference(), torch.cuda.stream(stream):

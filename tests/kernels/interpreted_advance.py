@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
 
-from djinn_fx.kernels.triton_advance import advance, begin
-from tests.kernels.advance_cases import check, check_beginning, check_taking
+from djinn_fx.kernels.advance import Beginning
+from djinn_fx.kernels.triton_advance import advance
+from tests.kernels.advance_cases import check, check_beginning, check_letters, check_taking
 
 
 @pytest.mark.parametrize("vocab", [2, 50, 2048, 5003])
@@ -17,9 +16,21 @@ def test_steps(vocab: int, dtype: torch.dtype) -> None:
     check(advance, vocab, dtype, "cpu")
 
 
+class Interpreted(Beginning):
+    """Launches the kernel wherever its tensors lie."""
+
+    @property
+    def by_kernel(self) -> bool:
+        return True
+
+
 def test_beginning() -> None:
-    check_beginning(partial(begin, kernels={}), "cpu")
+    check_beginning(Interpreted, "cpu")
 
 
 def test_taking() -> None:
-    check_taking(partial(begin, kernels={}), "cpu")
+    check_taking(Interpreted, "cpu")
+
+
+def test_letters() -> None:
+    check_letters(Interpreted, "cpu")

@@ -21,6 +21,7 @@ def test_another_order_of_elements() -> None:
 
 
 def _take(value: Tensor, before: Tensor, own: Tensor, differs: Tensor) -> None:
-    if own.is_complex():
-        value, before, own = torch.view_as_real(value), torch.view_as_real(before), torch.view_as_real(own)
+    if value.is_complex():
+        value, before = torch.view_as_real(value), torch.view_as_real(before)
+    own = torch.view_as_real(own) if own.is_complex() else own
     take(value, before, own, differs, {})

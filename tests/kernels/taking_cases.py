@@ -17,7 +17,7 @@ SIZES = (1, 7, 4096, 20_001)
 
 def check(take: Take, dtype: torch.dtype, size: int, device: str) -> None:
     """Equal values, one bit that differs first, in the middle and last, and the copy's bits each time."""
-    generator = torch.Generator().manual_seed(size)
+    pinned, generator = device == "cuda", torch.Generator().manual_seed(size)
     itemsize = torch.empty(0, dtype=dtype).itemsize
     high = 2 if dtype == torch.bool else 256
     raw = torch.randint(0, high, (size * itemsize,), generator=generator, dtype=torch.uint8)
@@ -27,13 +27,13 @@ def check(take: Take, dtype: torch.dtype, size: int, device: str) -> None:
             changed[place] ^= 1
         for shift in (0, 1):  # the second lies where nothing wide can be loaded from
             value, before = (_placed(each, dtype, shift, device) for each in (changed, raw))
-            own = torch.empty_like(value)
-            differs = torch.zeros(1, dtype=torch.int32, pin_memory=device == "cuda")
-            take(value, before, own, differs)
-            if device == "cuda":
-                torch.cuda.synchronize()
-            assert differs.item() == (place is not None)
-            assert torch.equal(own.view(torch.uint8).cpu(), changed)
+            for own in (torch.empty_like(value), torch.empty(value.nbytes, dtype=torch.uint8, pin_memory=pinned)):
+                differs = torch.zeros(1, dtype=torch.int32, pin_memory=pinned)
+                take(value, before, own, differs)
+                if pinned:
+                    torch.cuda.synchronize()
+                assert differs.item() == (place is not None)
+                assert torch.equal(own.view(torch.uint8).cpu(), changed)
 
 
 def check_strided(take: Take, device: str) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from djinn_fx.kernels.advance import Beginning, advance
-from tests.kernels.advance_cases import check, check_beginning, check_taking
+from tests.kernels.advance_cases import check, check_beginning, check_letters, check_taking
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -25,18 +25,27 @@ def test_steps_on_a_gpu(vocab: int, dtype: torch.dtype) -> None:
 
 
 def test_beginning() -> None:
-    check_beginning(Beginning(), "cpu")
+    check_beginning(Beginning, "cpu")
 
 
 @pytest.mark.gpu
 def test_beginning_on_a_gpu() -> None:
-    check_beginning(Beginning(), "cuda")
+    check_beginning(Beginning, "cuda")
 
 
 def test_taking() -> None:
-    check_taking(Beginning(), "cpu")
+    check_taking(Beginning, "cpu")
 
 
 @pytest.mark.gpu
 def test_taking_on_a_gpu() -> None:
-    check_taking(Beginning(), "cuda")
+    check_taking(Beginning, "cuda")
+
+
+def test_letters() -> None:
+    check_letters(Beginning, "cpu")
+
+
+@pytest.mark.gpu
+def test_letters_on_a_gpu() -> None:
+    check_letters(Beginning, "cuda")

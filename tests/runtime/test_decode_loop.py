@@ -13,6 +13,7 @@ from torch import Tensor
 
 import djinn_fx as djinn
 from djinn_fx.program import Program
+from djinn_fx.runtime.graphs import Runnable
 from djinn_fx.runtime.loop import DecodeLoop
 from djinn_fx.runtime.results import Result
 from tests.bits import assert_same_bits
@@ -55,9 +56,9 @@ class Counter:
     def __enter__(self) -> Counter:
         inner = self.loop._run
 
-        def run(replayed: Any, begin: int = 0) -> None:
+        def run(part: Runnable) -> None:
             self.runs += 1
-            inner(replayed, begin)
+            inner(part)
 
         self.patch = mock.patch.object(self.loop, "_run", run)
         self.patch.start()

@@ -16,7 +16,10 @@ import djinn_fx as djinn
 from djinn_fx.runtime import driver, standing
 from djinn_fx.runtime.doubt import Question
 from djinn_fx.runtime.graphs import Replayed
+from djinn_fx.runtime.lanes import Lanes
 from djinn_fx.runtime.launch import LaunchValues
+from djinn_fx.runtime.loop import DecodeLoop
+from djinn_fx.runtime.outbox import Outbox
 from tests.bits import assert_same_bits
 from tests.runtime.tiny import direction, prompt
 
@@ -143,12 +146,16 @@ def test_what_nobody_wrote_does_not_run_again(
     assert True not in same(pair, script)
 
 
-@pytest.mark.parametrize("where", ["asked", "run", "serves"])
+@pytest.mark.parametrize("where", ["part", "post", "posted", "run", "sent", "asked", "serves"])
 def test_an_interrupt_loses_no_edit(pair: tuple[djinn.Dj, djinn.Dj], where: str) -> None:
     """Ctrl-C before a poised step runs, while it runs, and behind it: what was written acts when the run goes on."""
     target = {
+        "part": (Replayed, "part"),
+        "post": (Outbox, "post"),
+        "posted": (DecodeLoop, "_start"),
+        "run": (DecodeLoop, "_run"),
+        "sent": (Lanes, "sent"),
         "asked": (Question, "asked"),
-        "run": (Replayed, "run"),
         "serves": (LaunchValues, "__init__"),
     }[where]
 

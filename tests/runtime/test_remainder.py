@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 import djinn_fx as djinn
-from djinn_fx.runtime.graphs import Replayed
+from djinn_fx.runtime.graphs import Replayed, Runnable
+from djinn_fx.runtime.loop import DecodeLoop
 from tests.bits import assert_same_bits
 from tests.runtime.tiny import direction, logits_of, model_of, prompt, some
 
@@ -79,13 +80,13 @@ def everything(dj: djinn.Dj, act: Act, sites: list[str], every: int = 1) -> tupl
 def begins() -> Iterator[list[int]]:
     """The segments with which steps begin."""
     found: list[int] = []
-    inner = Replayed.run
+    inner = Replayed.part
 
-    def run(self: Replayed, first: int = 0) -> None:
+    def part(self: Replayed, first: int = 0) -> Runnable:
         found.append(first)
-        inner(self, first)
+        return inner(self, first)
 
-    with mock.patch.object(Replayed, "run", run):
+    with mock.patch.object(Replayed, "part", part):
         yield found
 
 
@@ -145,18 +146,18 @@ def test_a_poisoned_stretch_before_the_edit_is_not_read(pair: tuple[djinn.Dj, dj
     """What is left out is really left out: its values may be anything by then."""
     dj = pair[0]
     wanted = everything(dj, scaled, ["resid_post.1"])
-    inner = Replayed.run
+    inner = Replayed.part
 
-    def run(self: Replayed, first: int = 0) -> None:
+    def part(self: Replayed, first: int = 0) -> Runnable:
         if first:
             kept = {name for segment in self.program.segments[first:] for name in segment.inputs}
             for segment in self.program.segments[:first]:
                 for name in segment.outputs:
                     if name not in kept and self.values[name].is_floating_point():
                         self.values[name].fill_(torch.nan)
-        inner(self, first)
+        return inner(self, first)
 
-    with mock.patch.object(Replayed, "run", run):
+    with mock.patch.object(Replayed, "part", part):
         found = everything(dj, scaled, ["resid_post.1"])
     assert found[0] == wanted[0]
     assert_same_bits(found[1], wanted[1])
@@ -216,11 +217,11 @@ def test_a_launch_that_is_interrupted_leaves_values_to_others(pair: tuple[djinn.
 
 def test_a_step_that_ran_before_an_interrupt_is_not_taken_for_the_one_before(pair: tuple[djinn.Dj, djinn.Dj]) -> None:
     """Ctrl-C right after the second step of a run that nobody watches, which is steered and goes on from the first."""
-    inner, ran = Replayed.run, 0
+    inner, ran = DecodeLoop._run, 0
 
-    def run(self: Replayed, first: int = 0) -> None:
+    def run(self: DecodeLoop, part: Runnable) -> None:
         nonlocal ran
-        inner(self, first)
+        inner(self, part)
         ran += 1
         if ran == 2:
             raise KeyboardInterrupt
@@ -231,7 +232,7 @@ def test_a_step_that_ran_before_an_interrupt_is_not_taken_for_the_one_before(pai
             session.steer("resid_post.0", scale=1.5, positions="generated")
             going = session.generate(prompt(7), max_new_tokens=NEW)
             if dj is pair[0]:
-                with mock.patch.object(Replayed, "run", run), pytest.raises(KeyboardInterrupt):
+                with mock.patch.object(DecodeLoop, "_run", run), pytest.raises(KeyboardInterrupt):
                     going.result()
             session.steer("resid_post.1", scale=-2.0, positions="generated")
             results.append((going.result().tokens.tolist(), logits_of(session, prompt(3))))

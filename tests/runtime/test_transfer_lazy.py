@@ -14,9 +14,10 @@ from djinn_fx.program import KVSpec
 from djinn_fx.runtime import transfer as transfers
 from djinn_fx.runtime.arena import KVArena
 from djinn_fx.runtime.checkpoint import Checkpoint
+from djinn_fx.runtime.parcels import Sent
 from djinn_fx.runtime.pinned import HostPool
 from djinn_fx.runtime.stop import Stop
-from djinn_fx.runtime.transfer import Sent, Transfer
+from djinn_fx.runtime.transfer import Transfer
 from tests.bits import assert_same_bits
 from tests.runtime.checkpoint_cases import Passed, assert_same, close_all, edit, finish, run_of, shared, start
 from tests.runtime.lazy_cuda import LazyCuda
@@ -79,6 +80,63 @@ def test_rows_and_values_arrive_whatever_comes_next(
             for one, (wanted, value) in zip(sent, expected, strict=True):
                 assert_sent(one, wanted, value)
             cuda.drain()
+
+
+@pytest.mark.parametrize("direct", [0, 1 << 20], ids=["long", "short"])
+@pytest.mark.parametrize("staging", [1 << 20, 1200, 64])
+def test_values_that_are_written_to_right_afterwards(
+    staging: int, direct: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seed in range(20):
+        with monkeypatch.context() as patch:
+            patch.setattr(transfers, "DIRECT", direct)
+            arena, transfer, cuda = setup(seed, staging, patch)
+            value, expected, sent = torch.zeros(3, 7), [], []
+            for turn in range(1, 4):
+                cuda.compute.do(partial(write, value, torch.full((3, 7), float(turn))))
+                length = cuda.chance.choice([0, 7, POSITIONS])
+                expected.append((row_of(arena, 1, length), torch.full((3, 7), float(turn))))
+                sent.append(transfer.send(1, length, value, copy=partial(copied, cuda, value)))
+            cuda.compute.do(value.zero_)
+            for one, (wanted, content) in zip(sent, expected, strict=True):
+                assert_sent(one, wanted, content)
+            cuda.drain()
+            assert not transfer._flying or not direct
+
+
+def copied(cuda: LazyCuda, value: torch.Tensor, own: torch.Tensor) -> torch.cuda.Event:
+    """A kernel on the compute stream, which takes bytes or the like."""
+    there = own if own.dtype == value.dtype else own.view(value.dtype).view(value.shape)
+    cuda.compute.do(partial(write, there, value))
+    event = torch.cuda.Event()
+    event.record(cuda.compute)  # type: ignore[arg-type]
+    return event
+
+
+def test_a_short_value_alone_takes_no_other_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    arena, transfer, cuda = setup(0, 1 << 20, monkeypatch)
+    value = torch.randn(4, 3)
+    sent = transfer.send(1, 0, value, copy=partial(copied, cuda, value))
+    assert [len(stream.queue) for stream in cuda.streams] == [2]  # copy, "arrived"
+    assert sent.parked is not None and sent.block is not None and sent.arrived is not None
+    assert sent.block.busy is sent.arrived and not sent.arrived.query()
+    cuda.drain()
+    assert_sent(sent, row_of(arena, 1, 0), value)
+
+
+def test_memory_of_a_value_whose_copy_is_interrupted_is_given_away_only_behind_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _, transfer, cuda = setup(0, 1 << 20, monkeypatch)
+    value = torch.randn(4, 3)
+
+    def cut_short(own: torch.Tensor) -> torch.cuda.Event:
+        copied(cuda, value, own)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        transfer.send(1, 0, value, copy=cut_short)
+    assert not any(stream.queue for stream in cuda.streams)
 
 
 @pytest.mark.parametrize("staging", [1 << 20, 1200])
