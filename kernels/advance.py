@@ -51,7 +51,7 @@ class Message:
         self.flags: npt.NDArray[np.bool_] = self.raised.view(torch.bool).numpy()
         self.taken: Taken | None = None
         self._pinned, self._rest = pinned, self.numbers[INPUTS]
-        self._rest[6] = NO_STEP
+        self.withdraw()
 
     @property
     def anew(self) -> bool:
@@ -62,6 +62,10 @@ class Message:
     def number(self) -> int:
         """The step that it is for."""
         return int(self._rest[6])
+
+    def withdraw(self) -> None:
+        """It is for no step."""
+        self._rest[6] = NO_STEP
 
     def tell(self, anew: bool, taken: Taken | None, number: int = NO_STEP) -> None:
         """Write down what is not about lanes.

@@ -23,7 +23,7 @@ class Taking:
 
         Args:
             value: of any shape and dtype.
-            before: as ``value``.
+            before: as ``value``, or contiguous and longer: then it is compared with as much of it.
             own: takes the copy, bit for bit: as ``value``, contiguous, or bytes ``[value.nbytes]``, pinned ones too.
             differs: int32 ``[1]``, 0 before, on the CPU or pinned; 1 if a bit differs.
         """
@@ -38,8 +38,10 @@ class Taking:
 
 def take(value: Tensor, before: Tensor, own: Tensor, differs: Tensor) -> None:
     """The torch twin of :class:`Taking`."""
-    mine = words(value)
+    mine, old = words(value), words(before)
+    if old.shape != mine.shape:
+        old = old.reshape(-1)[: mine.numel()].view(mine.shape)
     if own.dtype != value.dtype or own.shape != value.shape:
         own = own.view(value.dtype).view(value.shape)
     words(own).copy_(mine, non_blocking=True)
-    differs.copy_((mine != words(before)).any().view(1), non_blocking=True)
+    differs.copy_((mine != old).any().view(1), non_blocking=True)

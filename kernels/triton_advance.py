@@ -82,36 +82,34 @@ def _begin(  # type: ignore[no-untyped-def]
     LANES: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, LETTER: tl.constexpr,
 ):  # fmt: skip
     """What is new for each lane in the first program, some of the flags in each of the next, then some of the value."""
-    part, rest = tl.program_id(0), message + 6 * LANES
-    meant = True
+    # All that a program reads over the bus is asked for at once: each way takes as long as the rest of it.
+    part, rest, bound = tl.program_id(0), message + 6 * LANES, count
     if LETTER:
-        meant = tl.load(rest + 6) == tl.load(ints + 4 * LANES)
-    if meant:
-        if part == 0:
-            lane = tl.arange(0, BLOCK)
-            inside = lane < count
-            # All of it is read at once: each way over the bus takes as long as the rest.
-            news = tl.load(message + 5 * LANES + lane, mask=inside, other=0)
-            for row in tl.static_range(0, 5):
-                said = tl.load(message + row * LANES + lane, mask=inside)
-                tl.store(ints + row * LANES + lane, said, mask=news > (1 if row == 0 else 0))
-        elif part <= parts:
-            word = (part - 1) * (TILE // 4) + tl.arange(0, TILE // 4)
-            within = word < nbytes // 16 * 4
-            there = tl.multiple_of(raised.to(tl.pointer_type(tl.int32)), 16) + word
-            here = tl.multiple_of(flags.to(tl.pointer_type(tl.int32)), 16) + word
-            anew = tl.load(rest + 5)
-            tl.store(here, tl.load(there, mask=within), mask=within & (anew != 0))
-        else:
-            value = tl.load(rest).to(tl.pointer_type(tl.int32))
-            place = tl.load(rest + 1).to(tl.pointer_type(tl.int32))
-            own = tl.load(rest + 2).to(tl.pointer_type(tl.int32))
-            differs = tl.load(rest + 3).to(tl.pointer_type(tl.int32))
-            size = tl.load(rest + 4)
-            new, at, inside, differ = taken_words(value, place, own, size, part - parts - 1, TILE)
-            tl.store(tl.multiple_of(place, 16) + at, new, mask=inside)
-            if differ != 0:
-                tl.store(differs, 1)
+        bound = tl.where(tl.load(rest + 6) == tl.load(ints + 4 * LANES), count, 0)
+    if part == 0:
+        lane = tl.arange(0, BLOCK)
+        inside = lane < count
+        news = tl.load(message + 5 * LANES + lane, mask=inside, other=0)
+        for row in tl.static_range(0, 5):
+            said = tl.load(message + row * LANES + lane, mask=inside)
+            tl.store(ints + row * LANES + lane, said, mask=(news > (1 if row == 0 else 0)) & (lane < bound))
+    elif part <= parts:
+        word = (part - 1) * (TILE // 4) + tl.arange(0, TILE // 4)
+        within = word < nbytes // 16 * 4
+        there = tl.multiple_of(raised.to(tl.pointer_type(tl.int32)), 16) + word
+        here = tl.multiple_of(flags.to(tl.pointer_type(tl.int32)), 16) + word
+        anew = (tl.load(rest + 5) != 0) & (bound > 0)
+        tl.store(here, tl.load(there, mask=within), mask=within & anew)
+    else:
+        value = tl.load(rest).to(tl.pointer_type(tl.int32))
+        place = tl.load(rest + 1).to(tl.pointer_type(tl.int32))
+        own = tl.load(rest + 2).to(tl.pointer_type(tl.int32))
+        differs = tl.load(rest + 3).to(tl.pointer_type(tl.int32))
+        size = tl.where(bound > 0, tl.load(rest + 4), 0)
+        new, at, inside, differ = taken_words(value, place, own, size, part - parts - 1, TILE)
+        tl.store(tl.multiple_of(place, 16) + at, new, mask=inside)
+        if differ != 0:
+            tl.store(differs, 1)
 
 
 @jit

@@ -26,8 +26,8 @@ def take(value: Tensor, before: Tensor, own: Tensor, differs: Tensor, kernels: d
         differs: see there; 0 before.
         kernels: those found so far, by what they were compiled for; a new one is added.
     """
-    nbytes = value.nbytes
-    wide = not (nbytes % 16 or value.data_ptr() % 16 or before.data_ptr() % 16 or own.data_ptr() % 16)
+    nbytes, places = value.nbytes, (value.data_ptr(), before.data_ptr(), own.data_ptr())
+    wide = not (nbytes | places[0] | places[1] | places[2]) & 15
     grid, key = (-(-nbytes // TILE), 1, 1), (value.dtype, wide)
     kernel = kernels.get(key)
     if kernel is None:
@@ -35,8 +35,7 @@ def take(value: Tensor, before: Tensor, own: Tensor, differs: Tensor, kernels: d
             kernels[key] = _take[grid](value, before, own, differs, nbytes, wide, TILE, num_warps=WARPS)
     else:
         # Addresses, as :func:`djinn_fx.kernels.triton_advance.begin` gives them.
-        places = (value.data_ptr(), before.data_ptr(), own.data_ptr(), differs.data_ptr())
-        kernel[grid](*places, nbytes, wide, TILE)
+        kernel[grid](*places, differs.data_ptr(), nbytes, wide, TILE)
 
 
 @jit(do_not_specialize=("nbytes",), do_not_specialize_on_alignment=("value", "before", "own", "differs"))

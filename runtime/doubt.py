@@ -46,11 +46,18 @@ class Question:
         self._told[0] = 0
         return self
 
-    def asked(self) -> torch.cuda.Event | None:
-        """The comparison was enqueued just now; returns what passes with it, on CUDA."""
+    def asked(self, passed: torch.cuda.Event | None = None) -> torch.cuda.Event | None:
+        """The comparison was enqueued just now.
+
+        Args:
+            passed: something that passes behind it, if there is such a thing.
+
+        Returns:
+            what passes behind it, on CUDA.
+        """
         if self._stream is not None:
-            self._passed = mark(self._stream)  # a new one: others may keep it for longer than the question is this one
-            self._open = True
+            # A new one: others may keep it for longer than the question is this one.
+            self._passed, self._open = passed or mark(self._stream), True
         return self._passed
 
     def answer(self) -> bool:
@@ -160,7 +167,7 @@ class Doubts:
 
         Args:
             value: see there.
-            before: see there.
+            before: see there; it may be longer, as :class:`djinn_fx.kernels.taking.Taking` says.
         """
         question = self.question()
         return self._verdict(question), partial(self._copy, value, before, question)

@@ -61,6 +61,14 @@ class Flight:
             raise InternalError(f"the value of {site.name!r} was asked for before its step ran")
         return self.values.value(site)
 
+    def memory(self, site: Site) -> torch.Tensor:
+        """:meth:`value`, perhaps with what lies behind it: to cut that off takes longer than to look at a value."""
+        if self.chunk is not None:
+            whole = self.chunk.env[site.name]
+            if whole.is_contiguous() and whole.shape[0] == 1:
+                return whole
+        return self.value(site)
+
     def own(self, sites: Sequence[Site], part: float) -> Mapping[str, torch.Tensor]:
         """Values of sites, ``part`` of all there are, to be handed out: nobody else writes or reads them."""
         if self.chunk is None and self.values is not None:

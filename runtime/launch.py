@@ -48,6 +48,7 @@ class Launch:
     Attributes:
         rows: the seat of each live lane.
         number: counts the launches of these lanes; says where its tokens go.
+        arrived: passes when it is done; None on the CPU.
         whole: whether what it read from and wrote to the arena is still there.
 
     Args:
@@ -77,7 +78,7 @@ class Launch:
         self._values: list[weakref.ref[LaunchValues]] = []
         self._over, self.whole = False, True
         self._tokens = lanes.ring[number % SLOTS, : shape.rows]
-        self._arrived = lanes.outbox.passed(number)
+        self.arrived = lanes.outbox.passed(number)
         self._read: list[int] | None = None
 
     def following(self, number: int) -> Launch:
@@ -98,8 +99,8 @@ class Launch:
         """Each lane's most likely next token; waits for the device."""
         if self._read is None:
             # It has passed where somebody waited for what was enqueued behind it.
-            if self._arrived is not None and not self._arrived.query():
-                self._arrived.synchronize()
+            if self.arrived is not None and not self.arrived.query():
+                self.arrived.synchronize()
             self._read = self._tokens.tolist()
         return self._read
 

@@ -173,7 +173,7 @@ class DecodeLoop:
         self.lanes.inject(seat.lane, poised.plan, poised.numbers, shape.rows, self._number, taken, post=part.opens)
         made = self._start(replayed, part, shape, {seat.lane: seat}, None)
         self.lanes.sent()
-        question.asked()
+        question.asked(made.arrived)
         return made
 
     def _alone(self, last: Launch) -> bool:

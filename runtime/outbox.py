@@ -76,7 +76,7 @@ class Outbox:
         """:meth:`send`, not whole, to be opened by the graph that runs step ``number``: see :meth:`opening`."""
         self._free(self._posted)
         letter, self._posted = self._letter, number
-        letter.tell(False, None)  # an interrupt: half a letter is for nobody
+        letter.withdraw()  # an interrupt: half a letter is for nobody
         _write(letter, rows, count, number, False, flags)
         letter.tell(flags is not None, taken, number)
 

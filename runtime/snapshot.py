@@ -195,12 +195,12 @@ def snapshot(session: Session, *, between: bool = False) -> tuple[Snapshot, torc
 
 def _doubted(doubts: Doubts, stop: Stop, flight: Flight) -> tuple[Verdict, torch.Tensor, Copy | None]:
     """The value at a stop that somebody was given: whether it was changed, itself, and what copies it."""
-    value, before = stop.fitting(), flight.value(stop.place)
+    value = stop.fitting()
     if value.is_cuda:
-        verdict, copy = doubts.carried(value, before)
+        verdict, copy = doubts.carried(value, flight.memory(stop.place))
         return verdict, value, copy
     with outside_inference():
-        own, verdict = doubts.raised(value.detach(), before)
+        own, verdict = doubts.raised(value.detach(), flight.value(stop.place))
     return verdict, own, None
 
 

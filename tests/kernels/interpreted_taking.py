@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from djinn_fx.kernels.triton_taking import take
-from tests.kernels.taking_cases import DTYPES, SIZES, check, check_strided
+from tests.kernels.taking_cases import DTYPES, SIZES, check, check_longer, check_strided
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -18,6 +18,10 @@ def test_equal_or_not(dtype: torch.dtype, size: int) -> None:
 
 def test_another_order_of_elements() -> None:
     check_strided(lambda value, before, own, differs: _take(value.contiguous(), before, own, differs), "cpu")
+
+
+def test_what_goes_on_behind_the_value() -> None:
+    check_longer(_take, "cpu")
 
 
 def _take(value: Tensor, before: Tensor, own: Tensor, differs: Tensor) -> None:

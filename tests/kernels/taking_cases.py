@@ -48,6 +48,20 @@ def check_strided(take: Take, device: str) -> None:
     assert torch.equal(own, value)
 
 
+def check_longer(take: Take, device: str) -> None:
+    """What the value is compared with may go on behind it."""
+    before = torch.arange(48.0, device=device).view(1, 12, 4)
+    for change in (False, True):
+        value = before[0, :5].clone()
+        value[4, 3] += change
+        own, differs = torch.empty_like(value), torch.zeros(1, dtype=torch.int32, pin_memory=device == "cuda")
+        take(value, before, own, differs)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        assert differs.item() == change
+        assert torch.equal(own, value)
+
+
 def _placed(raw: Tensor, dtype: torch.dtype, shift: int, device: str) -> Tensor:
     """These bytes as a tensor, so many elements behind where an allocation begins."""
     itemsize = torch.empty(0, dtype=dtype).itemsize
