@@ -126,7 +126,7 @@ class Replayed:
         copy_all(values, [value.clone() for value in values])  # so that no kernel is loaded in a capture
         if opening is not None:
             opening()  # likewise; there is no letter for now
-        return replace(_captured(step, self._stream, None, again=self.step.graph), opens=opening is not None)
+        return replace(_part_captured(step, self._stream, self.step.graph), opens=opening is not None)
 
 
 @contextmanager
@@ -177,26 +177,19 @@ def capture(
     return Replayed(program, made, values, end, opening, stream)
 
 
-def _captured(
-    step: Callable[[], None], stream: torch.cuda.Stream, feed: Feed | None, again: torch.cuda.CUDAGraph | None = None
-) -> Runnable:
-    """Warm up on a stream of its own and capture the step as a CUDA graph.
-
-    A part of what a graph holds ``again`` is warm, and takes its memory: the two never run at a time.
-    """
+def _captured(step: Callable[[], None], stream: torch.cuda.Stream, feed: Feed | None) -> Runnable:
+    """Warm up on a stream of its own and capture the step as a CUDA graph."""
     with torch.cuda.device(stream.device):
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(WARMUP if again is None else 0):
+            for _ in range(WARMUP):
                 step()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # Other threads may use the GPU meanwhile, as long as they leave this stream alone.
         with (
             nullcontext() if feed is None else feed.capturing(),
-            torch.cuda.graph(
-                graph, None if again is None else again.pool(), stream=stream, capture_error_mode="thread_local"
-            ),
+            torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
         ):
             step()
             if feed is not None:
@@ -209,3 +202,20 @@ def _captured(
             graph.replay()
 
     return Runnable(replay, graph)
+
+
+def _part_captured(step: Callable[[], None], stream: torch.cuda.Stream, whole: torch.cuda.CUDAGraph) -> Runnable:
+    """Capture a part of what a graph holds: it is warm, and takes the graph's memory: the two never run at a time.
+
+    By hand: ``torch.cuda.graph()`` would collect garbage and empty the caches of memory first, in the middle of a run.
+    """
+    with torch.cuda.device(stream.device):
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            graph = torch.cuda.CUDAGraph()
+            graph.capture_begin(pool=whole.pool(), capture_error_mode="thread_local")
+            try:
+                step()
+            finally:
+                graph.capture_end()
+    return Runnable(graph.replay, graph)
