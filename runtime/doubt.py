@@ -62,7 +62,7 @@ class Question:
 
     def answer(self) -> bool:
         """Whether the value differs; waits until the device has compared it."""
-        if self._passed is not None:
+        if self.open and self._passed is not None:
             self._passed.synchronize()
             self._open = False
         return bool(self._told[0])
