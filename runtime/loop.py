@@ -163,14 +163,14 @@ class DecodeLoop:
 
         Args:
             poised: the step.
-            value: as its place; aligned.
+            value: as what its site had; aligned.
             question: whether it differs from what was there.
         """
         replayed, seat, shape = poised.replayed, poised.seat, poised.launch.shape
         poised.launch.end()
-        self._last, part = None, replayed.part(poised.begin)
-        taken = (value, poised.place, poised.own, question.word)
-        self.lanes.inject(seat.lane, poised.plan, poised.numbers, shape.rows, self._number, taken, post=part.opens)
+        self._last, (way, part) = None, poised.ready()
+        taken = (value, way.place, poised.own, question.word)
+        self.lanes.inject(seat.lane, way.plan, poised.numbers, shape.rows, self._number, taken, post=part.opens)
         made = self._start(replayed, part, shape, {seat.lane: seat}, None)
         self.lanes.sent()
         question.asked(made.arrived)

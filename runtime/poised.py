@@ -12,16 +12,31 @@ from dataclasses import dataclass
 
 import torch
 
-from djinn_fx.runtime.graphs import Replayed
+from djinn_fx.runtime.graphs import Replayed, Runnable
 from djinn_fx.runtime.lanes import Lanes, Written
 from djinn_fx.runtime.launch import Launch, Seat
-from djinn_fx.runtime.remainder import Beginnings
+from djinn_fx.runtime.remainder import Beginnings, behind
 from djinn_fx.runtime.steps import Step
 from djinn_fx.runtime.tables import BatchRow
 from djinn_fx.sites import Site
 
 #: Bytes that a value taken over in a message is a multiple of, and where it begins.
 ALIGNMENT = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Way:
+    """How a step that ran runs again with another value of a site.
+
+    Attributes:
+        begin: the segment to begin with.
+        place: where the value goes, and what was there before it: ``[1, *feature_shape]``.
+        plan: what the lane's tables must hold.
+    """
+
+    begin: int
+    place: torch.Tensor
+    plan: Written
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,10 +48,9 @@ class Poised:
         seat: the seat of the edited step in the launch to come.
         step: the step that ran.
         replayed: the program.
-        begin: the segment to begin with.
         now: what the lane's tables hold.
-        plan: what they must hold.
-        place: the lane's tap of the site, ``[1, *feature_shape]``.
+        way: with the value in the lane's tap, to be injected; the whole step can be run so too.
+        short: with the value in the place of what the site's segment made, if it makes nothing else; it is not run.
         own: what the edited step has as its value; not written yet.
         numbers: token, position, arena row and length, by lane.
     """
@@ -45,10 +59,9 @@ class Poised:
     seat: Seat
     step: Step
     replayed: Replayed
-    begin: int
     now: Written
-    plan: Written
-    place: torch.Tensor
+    way: Way
+    short: Way | None
     own: torch.Tensor
     numbers: Mapping[int, tuple[int, int, int, int]]
 
@@ -56,6 +69,12 @@ class Poised:
     def edited(self) -> Step:
         """The edited step."""
         return self.seat.row.step
+
+    def ready(self) -> tuple[Way, Runnable]:
+        """The shortest way that is ready, and what runs it."""
+        way = self.short or self.way
+        part = self.replayed.part(way.begin)
+        return (self.way if part is self.replayed.step else way), part
 
 
 def poised(
@@ -88,8 +107,20 @@ def poised(
     own = torch.empty_like(place)
     again = Seat(BatchRow(row.arena_row, step.edited(site.name, own), row.wants), lane, number)
     numbers = {lane: (step.tokens[0], step.start, row.arena_row, step.stop)}
-    begin = beginnings.segment(replayed.program, index)
-    return Poised(launch, again, step, replayed, begin, now, now.with_injected(index), place, own, numbers)
+    way = Way(beginnings.segment(replayed.program, index), place, now.with_injected(index))
+    short = _short(replayed, lane, site, place, now)
+    return Poised(launch, again, step, replayed, now, way, short, own, numbers)
+
+
+def _short(replayed: Replayed, lane: int, site: Site, tap: torch.Tensor, now: Written) -> Way | None:
+    """The way that replaces what a site's segment made in a lane."""
+    begin = behind(replayed.program, site)
+    made = None if begin is None else replayed.values.get(site.name)
+    if begin is None or made is None or not made.is_contiguous():
+        return None
+    place = made[lane : lane + 1]
+    alike = place.dtype == tap.dtype and place.nbytes == tap.nbytes and aligned(place)
+    return Way(begin, place, now) if alike else None
 
 
 def aligned(tensor: torch.Tensor) -> bool:

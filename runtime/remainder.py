@@ -58,6 +58,17 @@ class Beginnings:
         return min(self._known[id(program)][1][first:])
 
 
+def behind(program: Program, site: Site) -> int | None:
+    """The segment before which the value of a site may be replaced, all that comes after taking it from there.
+
+    None where no segment makes the site's value and nothing else.
+    """
+    for segment in program.segments[:-1]:
+        if segment.outputs == (site.name,):
+            return segment.index + 1
+    return None
+
+
 def first_segments(program: Program, sites: Sequence[Site]) -> list[int]:
     """For each site, the first segment that takes one of its tables."""
     found: dict[str, int] = {}

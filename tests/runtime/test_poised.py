@@ -258,7 +258,7 @@ def test_a_step_is_made_ready_when_its_value_is_asked_for_and_forgotten_when_it_
         stop = next(run)
         assert stop.poised is None
         scaled(pair[0], stop)
-        assert stop.poised is not None and stop.poised.begin > 0
+        assert stop.poised is not None and stop.poised.way.begin > 0
         other = next(run)
         assert stop.poised is None and stop.value is not None and stop.poised is None
         other.value = other.content * 2
