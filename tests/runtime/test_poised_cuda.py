@@ -63,7 +63,7 @@ def everything(dj: djinn.Dj, act: Act) -> tuple[list[int], list[Tensor]]:
             found.append(stop.value.clone())
             act(stop)
         result = run.result()
-        for position in range(17, 17 + NEW - 1):
+        for position in reversed(range(17, 17 + NEW - 1)):
             again = run.rewind(position, f"resid_post.{LAYERS - 1}")
             found.append(again.value.clone())
     assert result.logits is not None
