@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
+
 try:
     import triton.language as tl
     from triton import jit
@@ -20,7 +22,7 @@ except ImportError:
         return function or jit
 
 
-__all__ = ["jit", "next_power_of_2", "tl", "uses_triton"]
+__all__ = ["jit", "next_power_of_2", "stream_of", "tl", "uses_triton"]
 
 
 def uses_triton() -> bool:
@@ -31,3 +33,8 @@ def uses_triton() -> bool:
 def next_power_of_2(count: int) -> int:
     """The least power of two that is not below ``count``, which is positive."""
     return 1 << (count - 1).bit_length()
+
+
+def stream_of(tensor: torch.Tensor) -> int:
+    """The current stream of a CUDA tensor's device, for a kernel that is at hand: it would look for both itself."""
+    return torch._C._cuda_getCurrentRawStream(tensor.get_device())

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from djinn_fx.kernels.backend import jit, next_power_of_2, tl
+from djinn_fx.kernels.backend import jit, next_power_of_2, stream_of, tl
 from djinn_fx.kernels.triton_taking import taken_words
 
 #: Logits that a program looks at.
@@ -73,7 +73,7 @@ def begin(
     else:
         # Addresses: a tensor would be asked for its own, and the driver whether it is one, at several times the cost.
         places = message.data_ptr(), ints.data_ptr(), count, raised.data_ptr(), flags.data_ptr()
-        kernel[grid](*places, flags.numel(), parts, *numbers)
+        kernel[grid](*places, flags.numel(), parts, *numbers, stream=stream_of(ints))
 
 
 @jit(do_not_specialize=("count", "nbytes", "parts"))

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from djinn_fx.kernels.backend import jit, tl
+from djinn_fx.kernels.backend import jit, stream_of, tl
 
 Mode = Literal["pack", "unpack", "copy", "clear"]
 
@@ -88,7 +88,8 @@ class Launcher:
         else:
             # Addresses: to ask a tensor for its own, and the driver whether it is one, takes longer than all the rest.
             here = self._place if buffer is None else buffer.data_ptr()
-            kernel[size](self._place, here, here if extra is None else extra.data_ptr(), *numbers)
+            there = here if extra is None else extra.data_ptr()
+            kernel[size](self._place, here, there, *numbers, stream=stream_of(self._runs))
 
 
 @jit(do_not_specialize=("row", "other", "first", "start", "count", "moved", "at", "size"))

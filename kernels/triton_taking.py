@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from djinn_fx.kernels.backend import jit, tl
+from djinn_fx.kernels.backend import jit, stream_of, tl
 
 #: A value, where it goes, a copy of it, and whether it differs from what was there.
 Taken = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -35,7 +35,7 @@ def take(value: Tensor, before: Tensor, own: Tensor, differs: Tensor, kernels: d
             kernels[key] = _take[grid](value, before, own, differs, nbytes, wide, TILE, num_warps=WARPS)
     else:
         # Addresses, as :func:`djinn_fx.kernels.triton_advance.begin` gives them.
-        kernel[grid](*places, differs.data_ptr(), nbytes, wide, TILE)
+        kernel[grid](*places, differs.data_ptr(), nbytes, wide, TILE, stream=stream_of(value))
 
 
 @jit(do_not_specialize=("nbytes",), do_not_specialize_on_alignment=("value", "before", "own", "differs"))
