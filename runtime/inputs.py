@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -83,17 +83,25 @@ def prompt_batch(inputs: object, tokenizer: Tokenizer | None, vocab_size: int) -
         mask, inputs = inputs.get("attention_mask"), inputs["input_ids"]
     if isinstance(mask, torch.Tensor):
         mask = (mask != 0).long()  # masks may be bool or float
-    rows = _rows(inputs, tokenizer)
+    rows, within = _rows(inputs, tokenizer), _within(inputs, vocab_size)
     if mask is None:
         kept, places = rows, None
     else:
         places = _places(rows, mask)
         kept = [row[where[0] : where[-1] + 1] if where else [] for row, where in zip(rows, places, strict=True)]
-    for index, row in enumerate(kept):
+    for index, row in enumerate(() if within else kept):
         if row and not (min(row) >= 0 and max(row) < vocab_size):
             wrong = next(token for token in row if not 0 <= token < vocab_size)
             raise InvalidValue(f"token id {wrong}{_whose(index, len(rows))} is outside the vocabulary of {vocab_size}.")
     return PromptBatch(kept, places, max((len(row) for row in rows), default=0))
+
+
+def _within(inputs: object, vocab_size: int) -> bool:
+    """Whether it is quickly told that all ids, pads too, are inside the vocabulary."""
+    if not isinstance(inputs, torch.Tensor) or inputs.dtype != torch.int64 or inputs.is_cuda or not inputs.numel():
+        return False
+    least, most = inputs.aminmax()
+    return 0 <= int(least) and int(most) < vocab_size
 
 
 def _places(rows: Sequence[Sequence[int]], mask: object) -> list[list[int]]:
@@ -146,8 +154,8 @@ def _rows(inputs: object, tokenizer: Tokenizer | None) -> list[list[int]]:
             raise InvalidValue(
                 f"token ids must be integers of shape [T] or [B, T], got {inputs.dtype} {tuple(inputs.shape)}."
             )
-        found: list[list[int]] = (inputs[None] if inputs.dim() == 1 else inputs).tolist()
-        return found
+        found: list[Any] = inputs.tolist()
+        return [found] if inputs.dim() == 1 else found
     if isinstance(inputs, Sequence):
         items = list(inputs)
         kinds = set(map(type, items))
