@@ -101,7 +101,7 @@ def _within(inputs: object, vocab_size: int) -> bool:
     if not isinstance(inputs, torch.Tensor) or inputs.dtype != torch.int64 or inputs.is_cuda or not inputs.numel():
         return False
     least, most = inputs.aminmax()
-    return 0 <= int(least) and int(most) < vocab_size
+    return int(least) >= 0 and int(most) < vocab_size
 
 
 def _places(rows: Sequence[Sequence[int]], mask: object) -> list[list[int]]:

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from djinn_fx.errors import InternalError
 from djinn_fx.program import KEEP, LENGTHS, POSITIONS, ROWS, TOKENS
 from djinn_fx.runtime.positions import as_index
 from djinn_fx.runtime.steering import Armed, RankPart
@@ -110,8 +111,10 @@ def write_ints(flat: npt.NDArray[np.int64], batch: Sequence[BatchRow], shape: Pr
     for index, row in enumerate(batch):
         step, place = row.step, index * shape.query
         start, count = step.start, len(step.tokens)
+        if count > shape.query:
+            raise InternalError(f"a step of {count} tokens was given to a program of {shape.query}")
         # A fifth of the time in which numpy takes a tuple.
-        pack_into(f"{count}q", flat, (tokens + place) * flat.itemsize, *step.tokens)
+        pack_into(f"{count}q", flat.data, (tokens + place) * flat.itemsize, *step.tokens)
         flat[positions + place : positions + place + count] = np.arange(start, start + count)
         flat[rows + index], flat[lengths + index] = row.arena_row, start + count
         for kept, _ in more:

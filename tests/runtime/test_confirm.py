@@ -1,7 +1,7 @@
 """Weights are looked at in two parts where graphs run: a glance before a prompt's first launch, the rest behind it.
 
-On the CPU, which has no graphs, the models here are told to glance too. Their segments read shapes and strides anew each
-time, so what ran between the two looks may have been computed from other weights: none of it may be left.
+On the CPU, which has no graphs, the models here are told to glance too. Their segments read shapes and strides anew
+each time, so what ran between the two looks may have been computed from other weights: none of it may be left.
 """
 
 from __future__ import annotations
