@@ -197,7 +197,10 @@ def _look_ahead(engine: Engine, others: Sequence[Run], groups: Sequence[Sequence
 
 
 def _seek(engine: Engine, run: Run, runs: Sequence[Run]) -> Stop | None:
-    """Look at the sites ahead in the step in the air of one of the runs: stop at the first hit, else commit."""
+    """Look at the sites ahead in the step in the air of one of the runs: stop at the first hit, else commit.
+
+    The first one to launch a chunk has the weights confirmed for all of them.
+    """
     flight = run.flight
     if flight is None or (flight.values is None and flight.chunk is None):
         return None

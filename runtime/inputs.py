@@ -83,25 +83,17 @@ def prompt_batch(inputs: object, tokenizer: Tokenizer | None, vocab_size: int) -
         mask, inputs = inputs.get("attention_mask"), inputs["input_ids"]
     if isinstance(mask, torch.Tensor):
         mask = (mask != 0).long()  # masks may be bool or float
-    rows, within = _rows(inputs, tokenizer), _within(inputs, vocab_size)
+    rows = _rows(inputs, tokenizer)
     if mask is None:
         kept, places = rows, None
     else:
         places = _places(rows, mask)
         kept = [row[where[0] : where[-1] + 1] if where else [] for row, where in zip(rows, places, strict=True)]
-    for index, row in enumerate(() if within else kept):
+    for index, row in enumerate(kept):
         if row and not (min(row) >= 0 and max(row) < vocab_size):
             wrong = next(token for token in row if not 0 <= token < vocab_size)
             raise InvalidValue(f"token id {wrong}{_whose(index, len(rows))} is outside the vocabulary of {vocab_size}.")
     return PromptBatch(kept, places, max((len(row) for row in rows), default=0))
-
-
-def _within(inputs: object, vocab_size: int) -> bool:
-    """Whether it is quickly told that all ids, pads too, are inside the vocabulary."""
-    if not isinstance(inputs, torch.Tensor) or inputs.dtype != torch.int64 or inputs.is_cuda or not inputs.numel():
-        return False
-    least, most = inputs.aminmax()
-    return int(least) >= 0 and int(most) < vocab_size
 
 
 def _places(rows: Sequence[Sequence[int]], mask: object) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""Token ids of tensors: told at once to be inside the vocabulary where they are, and looked at one by one else."""
+"""Token ids: which tensors and lists are prompts, and where pads may stand."""
 
 from __future__ import annotations
 
