@@ -19,7 +19,7 @@ def test_ids_of_a_tensor(dtype: torch.dtype) -> None:
     ids = torch.tensor([0, 63, 5], dtype=dtype)
     assert one_prompt(ids, None, VOCAB) == one_prompt(ids[None], None, VOCAB) == [0, 63, 5]
     for wrong in (-1, 64) if dtype.is_signed else (64,):
-        with pytest.raises(djinn.InvalidValue, match=f"token id {wrong} of prompts.1. is outside the vocabulary of 64"):
+        with pytest.raises(djinn.InvalidValue, match=rf"token id {wrong} of prompts.1. is outside the vocabulary of 64"):
             prompt_batch(torch.tensor([[0, 63], [5, wrong]], dtype=dtype), None, VOCAB)
 
 
@@ -30,7 +30,7 @@ def test_a_pad_may_be_outside_the_vocabulary() -> None:
         "attention_mask": torch.tensor([[0, 1, 1], [1, 1, 0]]),
     }
     assert prompt_batch(ids, None, VOCAB).rows == [[3, 4], [5, 6]]
-    with pytest.raises(djinn.InvalidValue, match="token id 64 of prompts.1. is outside"):
+    with pytest.raises(djinn.InvalidValue, match=r"token id 64 of prompts.1. is outside"):
         prompt_batch(ids | {"attention_mask": torch.tensor([[0, 1, 1], [1, 1, 1]])}, None, VOCAB)
 
 
