@@ -78,6 +78,7 @@ class Dj(Looking, Keeping):
             )
         self._receipt: Receipt | None = None
         self._weights = weights
+        graphs = options.static and source.device.type == "cuda" and weights is None
         self.observer = Observer(
             ProgramCache(partial(making.build, lower_eager)),
             table,
@@ -100,6 +101,7 @@ class Dj(Looking, Keeping):
             device=source.device,
             tokenizer=tokenizer,
             guard=guard.check,
+            glance=guard.glance if graphs else None,
             identity=Identity(guard.tensors, dict(source.config), source.model_type, build_choices(source, backend)),
             unembed=self.observer.unembed,
         )

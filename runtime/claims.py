@@ -7,6 +7,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from djinn_fx.errors import CaptureError
+from djinn_fx.runtime.planner import next_is_decode
+
 if TYPE_CHECKING:
     from djinn_fx.runtime.engine import Engine
     from djinn_fx.runtime.run import Run
@@ -85,11 +88,42 @@ def _heed(runs: Sequence[Run]) -> None:
 def vouch(engine: Engine, runs: Sequence[Run]) -> None:
     """Look at the model's weights, once for all runs that have not begun: where there are hundreds it takes a while.
 
+    Where graphs run and all runs begin with a prompt, the device need not wait for all of it: a glance at the tensors
+    that were compiled is enough to launch, whatever the modules hold now, and :func:`confirm` does the rest.
+
     Raises:
         CaptureError: they were moved or replaced since the model was compiled; every run stays where it was.
     """
     fresh = [run for run in runs if not run.vouched]
-    if fresh:
+    if not fresh:
+        return
+    if engine.glance is not None and all(map(_begins, runs)):
+        engine.glance()
+        return
+    engine.guard()
+    for run in fresh:
+        run.vouched = True
+
+
+def _begins(run: Run) -> bool:
+    """Whether a run has not begun, and a prompt's first chunk is what it begins with."""
+    session = run.session
+    fresh = not run.vouched and run.flight is None and run.stop is None
+    return fresh and session.length < len(session.token_list) and not next_is_decode(run)
+
+
+def confirm(engine: Engine, runs: Sequence[Run]) -> None:
+    """Look at what :func:`vouch` put off, now that the device has work, and before anybody is shown any of it.
+
+    Raises:
+        CaptureError: as there; what the runs had begun is dropped.
+    """
+    try:
         engine.guard()
-        for run in fresh:
-            run.vouched = True
+    except CaptureError:
+        with engine.lock:
+            for run in runs:
+                run.flight = None  # computed, perhaps, from weights in another form
+        raise
+    for run in runs:
+        run.vouched = True

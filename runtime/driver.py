@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from djinn_fx.runtime import asking, cruise, planner, riders
-from djinn_fx.runtime.claims import vouch
+from djinn_fx.runtime.claims import confirm, vouch
 from djinn_fx.runtime.flight import Flight
 from djinn_fx.runtime.modes import outside_inference, without_grad
 from djinn_fx.runtime.results import StepRecord
@@ -60,8 +60,7 @@ def _iterate(engine: Engine, runs: Sequence[Run]) -> list[Stop]:
     for run in runs:
         if run.flight is None and run.session.length == len(run.session.token_list):
             _draw_first(engine, run)
-    alone = len(runs) == 1
-    stops = {id(run): _seek(engine, run, alone) for run in runs if run.flight is not None}
+    stops = {id(run): _seek(engine, run, runs) for run in runs if run.flight is not None}
     moving = [run for run in runs if not run.finished and not stops.get(id(run))]
     with engine.lock:
         cruising = len(moving) == len(runs) and cruise.fits(engine, moving)
@@ -77,7 +76,7 @@ def _iterate(engine: Engine, runs: Sequence[Run]) -> list[Stop]:
         _look_ahead(engine, others, groups, riding)
     riders.arrive(engine, riding)
     for run in others:
-        stops[id(run)] = _seek(engine, run, alone)
+        stops[id(run)] = _seek(engine, run, runs)
     return [stop for run in runs if (stop := stops.get(id(run))) is not None]
 
 
@@ -162,14 +161,14 @@ def _launch(engine: Engine, runs: Sequence[Run]) -> tuple[list[list[Run]], Rider
             launched = planner.flight_of(run)
             launched.values, launched.answers, launched.drawn = values, None, None
     for run in riding.others(runs):
-        if run.flight is None:
-            run.flight = Flight(planner.next_chunk(run, engine.options))
-        flight = run.flight
-        if not flight.step.decodes and flight.chunk is None:
+        flight = run.flight or Flight(planner.next_chunk(run, engine.options))
+        begins = not flight.step.decodes and flight.chunk is None
+        if begins:
             wanted = [site.name for site in run.capture]
             flight.chunk = executor.begin(BatchRow(run.session.row, flight.step), wanted)
-            if waiting and executor.loop is not None:
-                break  # one chunk between two decode steps: nobody who decodes shall wait for all prompts
+        run.flight = flight  # not before: a run that is refused stays where it was
+        if begins and waiting and executor.loop is not None:
+            break  # one chunk between two decode steps: nobody who decodes shall wait for all prompts
     return groups, riding
 
 
@@ -197,13 +196,10 @@ def _look_ahead(engine: Engine, others: Sequence[Run], groups: Sequence[Sequence
         loop.look_ahead(rows, staying)
 
 
-def _seek(engine: Engine, run: Run, alone: bool) -> Stop | None:
-    """Look at the sites ahead in the step in the air: stop at the first hit, else commit.
+def _seek(engine: Engine, run: Run, runs: Sequence[Run]) -> Stop | None:
+    """Look at the sites ahead in the step in the air of one of the runs: stop at the first hit, else commit.
 
-    Args:
-        engine: the engine.
-        run: the run.
-        alone: see :func:`deliver`.
+    The first one to launch a chunk has the weights confirmed for all of them.
     """
     flight = run.flight
     if flight is None or (flight.values is None and flight.chunk is None):
@@ -213,15 +209,19 @@ def _seek(engine: Engine, run: Run, alone: bool) -> Stop | None:
     for site in ahead:
         if not _reach(engine, run, flight, site):
             return None
+        if not run.vouched:
+            confirm(engine, runs)
         fired = planner.fired(run, flight, site, partial(asking.values_at, engine, flight, site))
         if fired is not None:
-            stop = deliver(engine, run, site, fired, alone=alone)
+            stop = deliver(engine, run, site, fired, alone=len(runs) == 1)
             stop.waiting = True
             return stop
         flight.passed = site.order
     if flight.chunk is not None:
         with engine.lock:
             engine.executor.advance(flight.chunk, None)
+    if not run.vouched:
+        confirm(engine, runs)
     _announce(run, _commit(engine, run, flight))
     return None
 

@@ -52,6 +52,7 @@ class Engine:
         device: the model's device.
         identity: what makes this model itself, for checkpoints.
         guard: raises if the model's weights were moved or replaced.
+        glance: the part of that without which no graph may be launched; None where there are no graphs.
         tokenizer: for prompts given as text; or None.
         unembed: residuals ``[..., hidden]`` to logits, for what a notebook shows; or None.
         pool: host memory for checkpoints and offloaded sessions.
@@ -70,6 +71,7 @@ class Engine:
     device: torch.device
     identity: Identity
     guard: Callable[[], None]
+    glance: Callable[[], None] | None = None
     tokenizer: Tokenizer | None = None
     unembed: Callable[[torch.Tensor], torch.Tensor] | None = None
     lock: EngineLock = field(init=False, repr=False)
@@ -93,7 +95,7 @@ class Engine:
         self.pool = HostPool(self.options.pinned_bytes, pinned=cuda, ahead=cuda)
         self.transfer = Transfer(self.arena, self.pool)
         self.tiers = Tiers(self, Disk(self.options.disk_bytes, self.options.spill_dir))
-        self._stages = Stages(Recorder(self.device), self.arena.env) if self.options.static else None
+        self._stages = Stages(Recorder(self.device), self.arena.env, self.guard) if self.options.static else None
 
     @property
     def compiled_names(self) -> tuple[str, ...]:

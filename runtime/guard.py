@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
-from operator import attrgetter, eq, is_, itemgetter
+from operator import attrgetter, is_, itemgetter
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ from djinn_fx.errors import CaptureError
 #: Where a module keeps what it consists of.
 _tables_of = itemgetter("_parameters", "_buffers", "_modules")
 
-_kind = attrgetter("dtype", "shape")
+_dtype = attrgetter("dtype")
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class WeightGuard:
         self._model = model
         self._seen = {name: _Seen(t, t.data_ptr(), _form(t)) for name, t in _tensors(model).items()}
         self._modules = tuple(vars(each) for each in model.modules())
-        self._copies = tuple(map(dict, self._tables()))
+        self._copies = [tuple(map(dict, tables)) for tables in self._tables()]
         self._tensors = tuple(seen.tensor for seen in self._seen.values())
-        self._forms = self._now()
+        self._places, self._forms = self._places_now(), self._forms_now()
         # Copies of tables are compared: what is not the same object counts as the same if it says that it is equal.
         # Tensors of more than one element cannot say that.
         items = tuple(self._items())
@@ -49,6 +49,18 @@ class WeightGuard:
     def tensors(self) -> Mapping[str, torch.Tensor]:
         """Parameters and buffers by name, the model's own."""
         return {name: seen.tensor for name, seen in self._seen.items()}
+
+    def glance(self) -> None:
+        """Raise if one of the tensors was moved; those that were replaced in the model are kept here, where they were.
+
+        It takes a tenth of the time of :meth:`check`, and is enough for a CUDA graph to be safe and right in its bits:
+        that reads memory by its address, and has read shapes, strides and dtypes for good.
+
+        Raises:
+            CaptureError: naming the first such parameter.
+        """
+        if self._places_now() != self._places:
+            self.check()
 
     def check(self) -> None:
         """Raise if a parameter was moved, replaced, added or removed since.
@@ -75,26 +87,29 @@ class WeightGuard:
         several times as long.
         """
         try:
-            same = all(map(eq, self._tables(), self._copies))
+            same = list(self._tables()) == self._copies
         except Exception:  # tensors that are not the same object have no one answer
             return False
         if same and self._small:
             items = tuple(self._items())
             same = all(map(is_, map(items.__getitem__, self._small), self._kept))
-        return same and self._now() == self._forms
+        return same and self._places_now() == self._places and self._forms_now() == self._forms
 
-    def _tables(self) -> Iterator[dict[str, object]]:
-        """The tables of all modules, as they are now."""
-        return chain.from_iterable(map(_tables_of, self._modules))
+    def _tables(self) -> Iterator[tuple[dict[str, object], ...]]:
+        """The tables of each module, as they are now."""
+        return map(_tables_of, self._modules)
 
     def _items(self) -> Iterator[object]:
         """All that modules hold, as it is now."""
-        return chain.from_iterable(map(dict.values, self._tables()))
+        return chain.from_iterable(map(dict.values, chain.from_iterable(self._tables())))
 
-    def _now(self) -> tuple[list[object], ...]:
-        """Where all tensors lie now, and in what form."""
-        place, stride = torch.Tensor.data_ptr, torch.Tensor.stride
-        return tuple(list(map(what, self._tensors)) for what in (place, stride, _kind))
+    def _places_now(self) -> list[int]:
+        """Where all tensors lie now."""
+        return list(map(torch.Tensor.data_ptr, self._tensors))
+
+    def _forms_now(self) -> tuple[list[object], ...]:
+        """In what form all tensors are now."""
+        return tuple(list(map(what, self._tensors)) for what in (_dtype, torch.Tensor.size, torch.Tensor.stride))
 
 
 def _small(item: object) -> bool:
@@ -105,7 +120,7 @@ def _small(item: object) -> bool:
 
 
 def _form(tensor: torch.Tensor) -> tuple[object, ...]:
-    return _kind(tensor), tensor.stride()
+    return tensor.dtype, tensor.size(), tensor.stride()
 
 
 def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:

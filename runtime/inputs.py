@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -146,8 +146,8 @@ def _rows(inputs: object, tokenizer: Tokenizer | None) -> list[list[int]]:
             raise InvalidValue(
                 f"token ids must be integers of shape [T] or [B, T], got {inputs.dtype} {tuple(inputs.shape)}."
             )
-        found: list[list[int]] = (inputs[None] if inputs.dim() == 1 else inputs).tolist()
-        return found
+        found: list[Any] = inputs.tolist()
+        return [found] if inputs.dim() == 1 else found
     if isinstance(inputs, Sequence):
         items = list(inputs)
         kinds = set(map(type, items))

@@ -242,11 +242,13 @@ class Stages:
     Attributes:
         recorder: makes segments ready.
         shared: the arenas.
+        guard: raises if the model's weights were moved or replaced.
         limit: bytes of all stages; one that takes more is there alone.
     """
 
     recorder: Recorder
     shared: Env
+    guard: Callable[[], None]
     limit: int = LIMIT
     _made: dict[tuple[ProgramShape, Variant, tuple[str, ...]], Stage] = field(default_factory=dict, repr=False)
 
@@ -260,6 +262,7 @@ class Stages:
         key = (program.shape, program.variant, tuple(site.name for site in program.sites))
         stage = self._made.pop(key, None)
         if stage is None:
+            self.guard()  # what a graph once read it reads for ever
             stage = Stage(program, *inputs(), self.shared, self.recorder)
             room = self.limit - stage.nbytes
             while self._made and self.nbytes > room:
