@@ -12,7 +12,9 @@ from djinn_fx.kernels.advance import advance
 from djinn_fx.program import LENGTHS, LOGITS, POSITIONS, TOKENS, Feed, Program
 from djinn_fx.runtime.copies import copy_all
 from djinn_fx.runtime.modes import outside_inference
+from djinn_fx.runtime.remainder import behind
 from djinn_fx.runtime.segments import Env, run_segments
+from djinn_fx.sites import Site
 
 #: Runs before a graph is captured: kernels are compiled and tuned in the first, and libraries make their workspaces.
 WARMUP = 2
@@ -63,6 +65,7 @@ class Replayed:
     _stream: Stream
     _rests: dict[int, Runnable] = field(default_factory=dict, repr=False)
     _asked: dict[int, int] = field(default_factory=dict, repr=False)
+    _behind: dict[str, tuple[int, torch.Tensor] | None] = field(default_factory=dict, repr=False)
 
     def part(self, first: int = 0) -> Runnable:
         """A step from one of its segments on, or the whole step where that part is not ready.
@@ -73,6 +76,20 @@ class Replayed:
         """
         rest = self._rest(first) if first else None
         return rest or self.step
+
+    def behind(self, site: Site) -> tuple[int, torch.Tensor] | None:
+        """The segment behind a site, and what it takes the site's value from, ``[rows, ...]``, as the last run left it.
+
+        None where the value cannot be replaced there: something else lies in the same memory, or was made from it.
+        """
+        if site.name not in self._behind:
+            begin, made = behind(self.program, site), self.values.get(site.name)
+            if made is not None:
+                place = made.untyped_storage().data_ptr()
+                sharing = sum(value.untyped_storage().data_ptr() == place for value in self.values.values())
+                begin = begin if made.is_contiguous() and sharing == 1 else None
+            self._behind[site.name] = None if begin is None or made is None else (begin, made)
+        return self._behind[site.name]
 
     def logits(self) -> torch.Tensor:
         """The logits ``[rows, 1, vocab]`` of the last run; the next one overwrites them."""

@@ -51,9 +51,9 @@ class Written:
     edits: Mapping[int, Armed] | None = None
     injected: tuple[int, ...] = ()
 
-    def with_injected(self, index: int) -> Written:
-        """The same, and a value injected at a site."""
-        return replace(self, injected=tuple(sorted({*self.injected, index})))
+    def with_injected(self, *indices: int) -> Written:
+        """The same, and a value injected at some sites."""
+        return replace(self, injected=tuple(sorted({*self.injected, *indices})))
 
     @cached_property
     def variant(self) -> Variant:
@@ -169,7 +169,7 @@ class Lanes:
     def plan(self, lane: int, row: BatchRow) -> Written:
         """What a lane must hold for a row; what it holds now, where that is it."""
         step, now = row.step, self.written[lane]
-        injected = self._injected(step.injections) if step.injections else ()
+        injected = self.injected(step.injections) if step.injections else ()
         source = step.steering[-1][1] if len(step.steering) == 1 else None
         place = () if source is None else _place(step, source)
         if source is not None and now is not STALE:
@@ -181,7 +181,7 @@ class Lanes:
         edits = {i: armed for i, site in enumerate(self.sites) if (armed := acting(step, site)) is not None}
         return Written(source, place, edits, injected)
 
-    def _injected(self, names: Iterable[str]) -> tuple[int, ...]:
+    def injected(self, names: Iterable[str]) -> tuple[int, ...]:
         """The indices of those of some sites that are compiled."""
         return tuple(sorted(self._index[name] for name in names if name in self._index))
 

@@ -15,7 +15,7 @@ import torch
 from djinn_fx.runtime.graphs import Replayed, Runnable
 from djinn_fx.runtime.lanes import Lanes, Written
 from djinn_fx.runtime.launch import Launch, Seat
-from djinn_fx.runtime.remainder import Beginnings, behind
+from djinn_fx.runtime.remainder import Beginnings
 from djinn_fx.runtime.steps import Step
 from djinn_fx.runtime.tables import BatchRow
 from djinn_fx.sites import Site
@@ -107,17 +107,19 @@ def poised(
     own = torch.empty_like(place)
     again = Seat(BatchRow(row.arena_row, step.edited(site.name, own), row.wants), lane, number)
     numbers = {lane: (step.tokens[0], step.start, row.arena_row, step.stop)}
-    way = Way(beginnings.segment(replayed.program, index), place, now.with_injected(index))
+    # What was injected before lies in its taps, whichever way it came there.
+    plan = now.with_injected(index, *lanes.injected(step.injections))
+    way = Way(beginnings.segment(replayed.program, index), place, plan)
     short = _short(replayed, lane, site, place, now)
     return Poised(launch, again, step, replayed, now, way, short, own, numbers)
 
 
 def _short(replayed: Replayed, lane: int, site: Site, tap: torch.Tensor, now: Written) -> Way | None:
     """The way that replaces what a site's segment made in a lane."""
-    begin = behind(replayed.program, site)
-    made = None if begin is None else replayed.values.get(site.name)
-    if begin is None or made is None or not made.is_contiguous():
+    found = replayed.behind(site)
+    if found is None:
         return None
+    begin, made = found
     place = made[lane : lane + 1]
     alike = place.dtype == tap.dtype and place.nbytes == tap.nbytes and aligned(place)
     return Way(begin, place, now) if alike else None

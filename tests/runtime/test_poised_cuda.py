@@ -131,4 +131,4 @@ def test_the_bits_of_whole_steps(dj: djinn.Dj, act: Act) -> None:
             assert found[0] == expected[0]
             for mine, other in zip(found[1], expected[1], strict=True):
                 assert_same_bits(mine, other)
-    assert True in ways and True in posts
+    assert act is steered or (True in ways and True in posts)
