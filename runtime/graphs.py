@@ -65,7 +65,7 @@ class Replayed:
     _stream: Stream
     _rests: dict[int, Runnable] = field(default_factory=dict, repr=False)
     _asked: dict[int, int] = field(default_factory=dict, repr=False)
-    _behind: dict[str, tuple[int, torch.Tensor] | None] = field(default_factory=dict, repr=False)
+    _behind: dict[str, int | None] = field(default_factory=dict, repr=False)
 
     def part(self, first: int = 0) -> Runnable:
         """A step from one of its segments on, or the whole step where that part is not ready.
@@ -83,13 +83,16 @@ class Replayed:
         None where the value cannot be replaced there: something else lies in the same memory, or was made from it.
         """
         if site.name not in self._behind:
-            begin, made = behind(self.program, site), self.values.get(site.name)
-            if made is not None:
-                place = made.untyped_storage().data_ptr()
-                sharing = sum(value.untyped_storage().data_ptr() == place for value in self.values.values())
-                begin = begin if made.is_contiguous() and sharing == 1 else None
-            self._behind[site.name] = None if begin is None or made is None else (begin, made)
-        return self._behind[site.name]
+            self._behind[site.name] = behind(self.program, site) if self._apart(site.name) else None
+        begin = self._behind[site.name]
+        return None if begin is None else (begin, self.values[site.name])
+
+    def _apart(self, name: str) -> bool:
+        """Whether a value lies in memory that no other lies in."""
+        if name not in self.values or not self.values[name].is_contiguous():
+            return False
+        place = self.values[name].untyped_storage().data_ptr()
+        return sum(value.untyped_storage().data_ptr() == place for value in self.values.values()) == 1
 
     def logits(self) -> torch.Tensor:
         """The logits ``[rows, 1, vocab]`` of the last run; the next one overwrites them."""

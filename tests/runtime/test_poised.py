@@ -21,7 +21,9 @@ from djinn_fx.runtime.launch import LaunchValues
 from djinn_fx.runtime.loop import DecodeLoop
 from djinn_fx.runtime.outbox import Outbox
 from tests.bits import assert_same_bits
-from tests.runtime.tiny import direction, prompt
+from tests.runtime.poised_cases import ACTS, Act, Ready, check
+from tests.runtime.poised_cases import steered as of_steered
+from tests.runtime.tiny import another_dj, direction, prompt
 
 NEW = 6
 
@@ -263,3 +265,20 @@ def test_a_step_is_made_ready_when_its_value_is_asked_for_and_forgotten_when_it_
         assert stop.poised is None and stop.value is not None and stop.poised is None
         other.value = other.content * 2
         assert other.poised is not None
+
+
+@pytest.fixture(scope="module", params=["gpt2", "llama-bf16"])
+def own(request: pytest.FixtureRequest) -> Iterator[djinn.Dj]:
+    """A model that is cut as one with our matrix kernels is: a site's value is handed from one segment to the next."""
+    with mock.patch("djinn_fx.making._has_own_products", lambda source: True):
+        dj = another_dj(request.param, backend="static")
+        yield dj
+    dj.close()
+
+
+@pytest.mark.parametrize("act", ACTS, ids=lambda act: act.__name__)
+@pytest.mark.parametrize("ready", [lambda n: True, lambda n: False, lambda n: n % 2, lambda n: n * 5 % 7 < 4])
+def test_a_step_goes_on_from_behind_its_site(own: djinn.Dj, act: Act, ready: Ready) -> None:
+    """Also where parts are ready at one site and not at the next: what was injected before is injected again."""
+    ways, _ = check(own, act, ready)
+    assert (True in ways) == (act is not of_steered and ready(1) + ready(2) > 0)
