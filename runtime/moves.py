@@ -46,7 +46,8 @@ def rewind(engine: Engine, run: Run, index: int, site: Site) -> Stop:
     start, steering, flight = target.start, target.steering_at(site.order), Flight(target)
     try:
         # No call but the last: an interrupt comes before all of this, or after it.
-        del session.journal[index:], run.records[kept:], session.token_list[known:], session.sampled[known:]
+        session.journal, run.records = session.journal[:index], run.records[:kept]
+        session.token_list, session.sampled = session.token_list[:known], session.sampled[:known]
         session.length, session.last_logits, session.steering = start, None, steering
         run.finished, run.finish_reason = False, None
         run.flight = flight  # where memory runs out now, the run goes on from there

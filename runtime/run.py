@@ -204,7 +204,7 @@ class Run(Shown):
         keep = session.length
         if keep < len(session.token_list) and session.sampled[keep]:
             keep += 1
-        del session.token_list[keep:], session.sampled[keep:]
+        session.token_list, session.sampled = session.token_list[:keep], session.sampled[:keep]
 
     @property
     def driver(self) -> int | None:

@@ -38,11 +38,12 @@ class Session(Residence, Shown):
         self.seed = seed
         self.saved: Saved | None = None  # where it was recovered from
         self.settled = True  # False while those who recover it may still give it up
+        # These three only grow: who cuts one puts another in its place, because snapshots share them.
         self.token_list: list[int] = []
         self.sampled: list[bool] = []
+        self.journal: list[Step] = []
         self.length = 0
         self.steering: Steering = {}
-        self.journal: list[Step] = []
         self.children: list[Session] = []
         self.parent: Session | None = None
         self.last_logits: torch.Tensor | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from djinn_fx.runtime.flight import Flight
     from djinn_fx.runtime.session import Session
     from djinn_fx.runtime.stop import Stop
+
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,16 +169,16 @@ def snapshot(session: Session, *, between: bool = False) -> tuple[Snapshot, torc
             "cannot checkpoint: a thread is in the middle of a step of this session's run. Wait until the run stops "
             "or pauses; inside a loop over its stops a checkpoint is always possible, in a callback it is not."
         )
-    # What changes is copied now; the rest of the work is done when somebody looks at the checkpoint.
+    # What changes is noted now; the rest of the work is done when somebody looks at the checkpoint.
     made = partial(
-        SessionState,
+        _session_state,
         session.seed,
-        tuple(session.token_list),
-        tuple(session.sampled),
+        _so_far(session.token_list),
+        _so_far(session.sampled),
         session.length,
         session.last_logits,
         session.steering,
-        tuple(session.journal),
+        _so_far(session.journal),
     )
     if run is None:
         return Snapshot(made, None, None, None), None, None
@@ -202,6 +205,30 @@ def _doubted(doubts: Doubts, stop: Stop, flight: Flight) -> tuple[Verdict, torch
     with outside_inference():
         own, verdict = doubts.raised(value.detach(), flight.value(stop.place))
     return verdict, own, None
+
+
+def _so_far(items: list[Item]) -> tuple[list[Item], int]:
+    """A list that only grows, as it is now: see :class:`Session`."""
+    return items, len(items)
+
+
+def _then(noted: tuple[list[Item], int]) -> tuple[Item, ...]:
+    """What :func:`_so_far` noted."""
+    items, count = noted
+    return tuple(items[:count])
+
+
+def _session_state(
+    seed: int,
+    tokens: tuple[list[int], int],
+    sampled: tuple[list[bool], int],
+    length: int,
+    last_logits: torch.Tensor | None,
+    steering: Steering,
+    journal: tuple[list[Step], int],
+    run: RunState | None,
+) -> SessionState:
+    return SessionState(seed, _then(tokens), _then(sampled), length, last_logits, steering, _then(journal), run)
 
 
 def _run_state(run: Run) -> Callable[[FlightState | None], RunState]:

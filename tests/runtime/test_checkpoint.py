@@ -241,6 +241,35 @@ def some_add(session: Session) -> torch.Tensor:
     return add
 
 
+def told(checkpoint: djinn.Checkpoint) -> tuple[object, ...]:
+    session = checkpoint._contents().session
+    return session["tokens"], session["sampled"], len(session["journal"])
+
+
+@pytest.mark.parametrize("way", ["rewound", "closed", "steered", "went on"])
+def test_history_that_is_written_down_later_is_that_of_then(dj: djinn.Dj, way: str) -> None:
+    """Nobody looks at one of two checkpoints until its session has another history."""
+    with dj.session(seed=8) as session:
+        run = start(session, [djinn.break_at("resid_post.1", positions="generated")])
+        for _ in range(3):
+            stop = next(run)
+        asked, later = stop.checkpoint(), stop.checkpoint()
+        expected = told(asked)
+        if way == "rewound":
+            edit(run.rewind(stop.position - 1, "resid_post.0"))
+            finish(run)
+        elif way == "closed":
+            run.close()
+            session.generate([1, 2, 3], max_new_tokens=3).result()
+        elif way == "steered":
+            session.steer("resid_post.0", scale=2.0, kv="recompute")
+            finish(run)
+        else:
+            finish(run)
+        assert told(session.checkpoint()) != expected
+        assert told(later) == expected
+
+
 def test_a_checkpoint_outlives_its_model(dj: djinn.Dj) -> None:
     other = small_dj(make_model("gpt2"))
     run = start(other.session(seed=8), ["resid_post.1"])
