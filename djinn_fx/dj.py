@@ -204,6 +204,8 @@ class Dj(Looking, Keeping):
             engine.programs.get(ProgramShape(1, chunk, 1), "plain", engine.sites)
             engine.transfer.warm()
             engine.doubts.warm(engine.dtype)
+            if engine.loop is not None:
+                engine.loop.lanes.warm()
             engine.described()
 
     @property

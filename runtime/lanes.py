@@ -316,6 +316,12 @@ class Lanes:
         """The device has the flags, or will before anything else; until this is said they are sent again."""
         self._flags_changed = False
 
+    def warm(self) -> None:
+        """Make what the first part of a step would have to make to open a letter; there is none now."""
+        opening = self.opening(1)
+        if opening is not None:
+            opening()
+
     def opening(self, count: int) -> Callable[[], None] | None:
         """What a graph of ``count`` lanes begins with to open what was posted; None where graphs cannot."""
         return self.outbox.opening(count, max((taps[0, 0].nbytes for taps in self.taps), default=0))
