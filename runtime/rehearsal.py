@@ -1,7 +1,8 @@
 """Kernels made ready in a thread while a model is captured, which takes Python alone and seconds.
 
 Triton compiles a kernel when it is first launched: that is mostly waiting for other programs, and whoever launched it
-would wait too. So attention is called here as a program will call it, for a batch whose only row is dead.
+would wait too. So attention is called here as a program will call it, for a batch whose only row is dead, and a value
+is taken over as a checkpoint does it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 
 import djinn_fx.kernels.ops  # noqa: F401 - registers djinn::attention
 from djinn_fx.kernels.backend import uses_triton
+from djinn_fx.kernels.taking import Taking
 from djinn_fx.program import LENGTHS, POSITIONS, ROWS, AttentionSpec
 from djinn_fx.runtime.arena import KVArena
 from djinn_fx.runtime.tables import step_inputs
@@ -49,7 +51,7 @@ class Rehearsal:
 
     @torch.no_grad()
     def rehearse(self) -> None:
-        """Call the kernels of every layer in every width."""
+        """Call the kernels of every layer in every width, and what takes values over."""
         device = self._arena.device
         if device.type != "cuda":
             self._calls()
@@ -61,6 +63,7 @@ class Rehearsal:
             stream.synchronize()
 
     def _calls(self) -> None:
+        self._take()
         for width in self._widths:
             inputs = step_inputs([], ProgramShape(1, width, 1), self._arena.spare_row, self._arena.device)
             where = inputs[ROWS], inputs[POSITIONS], inputs[LENGTHS]
@@ -73,6 +76,13 @@ class Rehearsal:
                 sinks = None if spec.sinks is None else keys.new_zeros(spec.heads, dtype=spec.sinks)
                 torch.ops.djinn.kv_write(keys, values, k, v, *where)
                 torch.ops.djinn.attention(q, keys, values, *where, spec.window, spec.softcap, sinks, spec.scale)
+
+    def _take(self) -> None:
+        """What the first value that somebody was given and a checkpoint takes along would have to make."""
+        if not self._arena.layers:
+            return
+        value = self._arena.layers[0][0].new_zeros(16)
+        Taking()(value, value, torch.empty_like(value), torch.zeros(1, dtype=torch.int32, pin_memory=value.is_cuda))
 
 
 def _blank(heads: int, width: int, dim: int, layout: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:

@@ -145,22 +145,26 @@ def _checkpoints(record: Record) -> list[Table]:
         [
             what,
             *(
-                [missing(part[key])] * 4
+                [missing(part[key])] * 5
                 if missing(part[key])
-                else [figure(part[key], k) for k in ("mean", "min", "max", "std")]
+                else [figure(part[key], k) for k in ("median", "mean", "min", "max", "std")]
             ),
         ]
         for key, what in (
             ("dispatch", "checkpoint: the call returns"),
+            ("dispatch_untouched", "the same, where nobody asked for the value"),
             ("until_safe", "checkpoint: safe in host memory"),
             ("restore", "session restored, standing at its stop"),
             ("activation_back", f"activation alone to the device ({mebibytes(part['activation_bytes'])})"),
         )
+        if key in part  # older records have fewer
     ]
     note = "Restoring a session runs the interrupted step up to its site again and compares bits; milliseconds."
     return [
         Table("Checkpoints, trial by trial", heads, rows),
-        Table("Checkpoints", ["what", "mean", "min", "max", "std"], [[str(c) for c in r] for r in body], note),
+        Table(
+            "Checkpoints", ["what", "median", "mean", "min", "max", "std"], [[str(c) for c in r] for r in body], note
+        ),
     ]
 
 

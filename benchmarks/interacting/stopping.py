@@ -143,9 +143,10 @@ def checkpoints(bench: Bench) -> dict[str, Json]:
     rows = [_checkpoint(bench, layer, trial) for layer in bench.layers for trial in range(bench.trials)]
     wrong = [f"layer {row['layer']} trial {row['trial']}" for row in rows if not row["bitwise"]]
     check = context.check(f"restored = uninterrupted, bit for bit, {len(rows)} trials", not wrong, ", ".join(wrong))
-    repeats = context.size(20, 2)
+    repeats = context.size(100, 2)
     with bench.dj.session() as session:
         run, stop, _ = bench.to_stop(session, bench.middle)
+        untouched, _ = _checkpoint_times(bench, stop, repeats)
         value = stop.value.clone()
         dispatch, safe = _checkpoint_times(bench, stop, repeats)
         run.close()
@@ -154,6 +155,7 @@ def checkpoints(bench: Bench) -> dict[str, Json]:
     return {
         "trials": _without_times(rows, check.held),
         "dispatch": context.speed(check, lambda: dispatch),
+        "dispatch_untouched": context.speed(check, lambda: untouched),
         "until_safe": context.speed(check, lambda: safe),
         "restore": context.speed(check, lambda: whole),
         "activation_bytes": value.nbytes,
