@@ -131,7 +131,8 @@ def _differ(before: Step, now: Step, was: Written, will: Written, sites: Sequenc
     if was.edits is not will.edits:
         old, new = was.edits or {}, will.edits or {}
         yield from (index for index in old.keys() | new.keys() if old.get(index) is not new.get(index))
-    for index in {*was.injected, *will.injected}:
-        name = sites[index].name
-        if before.injections.get(name) is not now.injections.get(name):
+    # Not what the tables held: a value that took the place of what a segment made was in the step alone.
+    names = before.injections.keys() | now.injections.keys()
+    for index, site in enumerate(sites) if names else ():
+        if before.injections.get(site.name) is not now.injections.get(site.name):
             yield index
