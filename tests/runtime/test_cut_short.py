@@ -256,6 +256,29 @@ def test_an_interrupt_where_a_stop_is_left_does_not_leave_half_of_it(dj: djinn.D
     assert injected(run) == injected(twin) != []
 
 
+@pytest.mark.parametrize("at", ["prompt", "generated"])
+@pytest.mark.parametrize("behind", [False, True])
+def test_a_stop_that_was_just_come_to_is_not_passed_over(dj: djinn.Dj, at: str, behind: bool) -> None:
+    """Ctrl-C while the run is told where it stands, and before whoever drives it knows."""
+    run, inner, left = start(dj.session(seed=4), [djinn.break_at(SITE, positions=at)]), Run.come_to, [1]
+
+    def come_to(self: Run, stop: djinn.Stop, flight: Flight) -> None:
+        if behind:
+            inner(self, stop, flight)
+        if left:
+            left.pop()
+            raise KeyboardInterrupt
+        if not behind:
+            inner(self, stop, flight)
+
+    twin = start(dj.session(seed=4), [djinn.break_at(SITE, positions=at)])
+    expected = [stop.position for stop in twin]
+    with mock.patch.object(Run, "come_to", come_to):
+        with pytest.raises(KeyboardInterrupt):
+            next(run)
+        assert [stop.position for stop in run] == expected
+
+
 def test_a_session_that_never_was_keeps_no_row(dj: djinn.Dj) -> None:
     free = dj.engine.arena.free_rows
     with mock.patch.object(djinn.Session, "__init__", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
