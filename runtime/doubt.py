@@ -24,6 +24,7 @@ class Question:
 
     Attributes:
         word: int32 ``[1]`` on the host; the device writes 1 where the value differs.
+        stray: whether the comparison may be under way, and nothing would tell when it is over.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -33,6 +34,7 @@ class Question:
         self._passed: torch.cuda.Event | None = None
         self._stream = torch.cuda.default_stream(device) if cuda else None  # whoever holds the engine's lock is on it
         self._open = False
+        self.stray = False
 
     @property
     def open(self) -> bool:
@@ -58,6 +60,7 @@ class Question:
         if self._stream is not None:
             # A new one: others may keep it for longer than the question is this one.
             self._passed, self._open = passed or mark(self._stream), True
+        self.stray = False
         return self._passed
 
     def answer(self) -> bool:
@@ -175,6 +178,7 @@ class Doubts:
     def _copy(
         self, value: torch.Tensor, before: torch.Tensor, question: Question, own: torch.Tensor
     ) -> torch.cuda.Event | None:
+        question.stray = True  # an interrupt from here on: its answer would be taken for another's
         self._taking(value, before, own, question.word)
         return question.asked()
 
@@ -191,4 +195,8 @@ class Doubts:
         return Doubt(own, self._verdict(question))
 
     def _verdict(self, question: Question) -> Verdict:
-        return Verdict(None, question.answer, partial(self._free.append, question))
+        return Verdict(None, question.answer, partial(self._given_back, question))
+
+    def _given_back(self, question: Question) -> None:
+        if not question.stray:
+            self._free.append(question)

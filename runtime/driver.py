@@ -213,9 +213,7 @@ def _seek(engine: Engine, run: Run, runs: Sequence[Run]) -> Stop | None:
             confirm(engine, runs)
         fired = planner.fired(run, flight, site, partial(asking.values_at, engine, flight, site))
         if fired is not None:
-            stop = deliver(engine, run, site, fired, alone=len(runs) == 1)
-            stop.waiting = True
-            return stop
+            return deliver(engine, run, site, fired, alone=len(runs) == 1, waiting=True)
         flight.passed = site.order
     if flight.chunk is not None:
         with engine.lock:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from torch import fx
-
 from djinn_fx.program import Program
 from djinn_fx.runtime.lanes import STALE, Written
 from djinn_fx.runtime.launch import Launch, Seat
@@ -63,27 +61,15 @@ class Beginnings:
 def behind(program: Program, site: Site) -> int | None:
     """The segment before which the value of a site may be replaced, all that comes after taking it from there.
 
-    None where no segment hands the value on, or one hands on something else that was computed from it.
+    None where no segment hands the value on, or one makes something else of it: hands that on, or writes it to a tap.
     """
     for segment in program.segments[:-1]:
         if site.name in segment.outputs:
-            (handed,) = segment.graph.graph.find_nodes(op="output")[0].args
-            made = dict(zip(segment.outputs, handed, strict=True))
-            value = made.pop(site.name)
-            return None if _reached(value) & {value, *made.values()} else segment.index + 1
+            (output,) = segment.graph.graph.find_nodes(op="output")
+            value = output.args[0][segment.outputs.index(site.name)]
+            alone = [*value.users] == [output] and output.args[0].count(value) == 1
+            return segment.index + 1 if alone else None
     return None
-
-
-def _reached(node: fx.Node) -> set[fx.Node]:
-    """All that is computed from what a node makes."""
-    found: set[fx.Node] = set()
-    waiting = list(node.users)
-    while waiting:
-        user = waiting.pop()
-        if user not in found:
-            found.add(user)
-            waiting += user.users
-    return found
 
 
 def first_segments(program: Program, sites: Sequence[Site]) -> list[int]:
@@ -131,7 +117,8 @@ def _differ(before: Step, now: Step, was: Written, will: Written, sites: Sequenc
     if was.edits is not will.edits:
         old, new = was.edits or {}, will.edits or {}
         yield from (index for index in old.keys() | new.keys() if old.get(index) is not new.get(index))
-    for index in {*was.injected, *will.injected}:
-        name = sites[index].name
-        if before.injections.get(name) is not now.injections.get(name):
+    # Not what the tables held: a value that took the place of what a segment made was in the step alone.
+    names = before.injections.keys() | now.injections.keys()
+    for index, site in enumerate(sites) if names else ():
+        if before.injections.get(site.name) is not now.injections.get(site.name):
             yield index

@@ -168,6 +168,13 @@ class Run(Shown):
             self._stop.left()
         self._stop = stop
 
+    def come_to(self, stop: Stop, flight: Flight) -> None:
+        """Record that the run came to a stop in its step in the air."""
+        order = stop.place.order
+        self.stand_at(None)
+        # No call: an interrupt comes before all of this, and the step stops here again, or behind it.
+        flight.passed, self._stop, self.interrupted = order, stop, False
+
     @property
     def tokens(self) -> torch.Tensor:
         """The call's prompt and what was generated so far, int64 ``[T]`` on the CPU."""

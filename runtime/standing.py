@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
 
 @without_grad
-def deliver(engine: Engine, run: Run, site: Site, fired: Sequence[int], *, alone: bool = False) -> Stop:
+def deliver(
+    engine: Engine, run: Run, site: Site, fired: Sequence[int], *, alone: bool = False, waiting: bool = False
+) -> Stop:
     """Stop a run after ``site``: the value is copied into a buffer that the stop owns.
 
     Args:
@@ -35,6 +37,7 @@ def deliver(engine: Engine, run: Run, site: Site, fired: Sequence[int], *, alone
         site: the site.
         fired: see :class:`Stop`.
         alone: whether nothing else is driven by this thread, so that the run may go on by :func:`go_on`.
+        waiting: whether it is not in the user's hands when this returns.
     """
     flight = flight_of(run)
     flight.settle()
@@ -44,9 +47,8 @@ def deliver(engine: Engine, run: Run, site: Site, fired: Sequence[int], *, alone
         if flight.chunk is not None:
             flight.chunk.save()
     stop = Stop(run, site, flight.step, value, fired, partial(_poise, engine, run, flight) if alone else None)
-    flight.passed = site.order
-    run.stand_at(stop)
-    run.interrupted = False
+    stop.waiting = waiting
+    run.come_to(stop, flight)
     return stop
 
 

@@ -62,6 +62,17 @@ def test_an_answer_that_was_interrupted_is_not_that_of_the_next_question() -> No
     assert list(doubts._free) == [question], "two doubts would share it"
 
 
+def test_a_comparison_that_was_interrupted_answers_no_later_question() -> None:
+    """It is enqueued, and nothing says when it is over: the device may write its answer whenever."""
+    doubts, value = Doubts(torch.device("cpu")), torch.ones(3)
+    verdict, copy = doubts.carried(value, torch.zeros(3))
+    (question,) = doubts._made
+    with mock.patch.object(Question, "asked", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        copy(torch.empty(3))
+    del verdict, copy
+    assert doubts.question() is not question
+
+
 def edit(stop: djinn.Stop) -> None:
     stop.value.mul_(-1.5)
 
@@ -243,6 +254,29 @@ def test_an_interrupt_where_a_stop_is_left_does_not_leave_half_of_it(dj: djinn.D
         next(run)
     assert_same(finish(run), expected)
     assert injected(run) == injected(twin) != []
+
+
+@pytest.mark.parametrize("at", ["prompt", "generated"])
+@pytest.mark.parametrize("behind", [False, True])
+def test_a_stop_that_was_just_come_to_is_not_passed_over(dj: djinn.Dj, at: str, behind: bool) -> None:
+    """Ctrl-C while the run is told where it stands, and before whoever drives it knows."""
+    run, inner, left = start(dj.session(seed=4), [djinn.break_at(SITE, positions=at)]), Run.come_to, [1]
+
+    def come_to(self: Run, stop: djinn.Stop, flight: Flight) -> None:
+        if behind:
+            inner(self, stop, flight)
+        if left:
+            left.pop()
+            raise KeyboardInterrupt
+        if not behind:
+            inner(self, stop, flight)
+
+    twin = start(dj.session(seed=4), [djinn.break_at(SITE, positions=at)])
+    expected = [stop.position for stop in twin]
+    with mock.patch.object(Run, "come_to", come_to):
+        with pytest.raises(KeyboardInterrupt):
+            next(run)
+        assert [stop.position for stop in run] == expected
 
 
 def test_a_session_that_never_was_keeps_no_row(dj: djinn.Dj) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import djinn_fx as djinn
-from djinn_fx.runtime import driver, standing
+from djinn_fx.runtime import driver, moves, standing
 from djinn_fx.runtime.doubt import Question
 from djinn_fx.runtime.graphs import Replayed
 from djinn_fx.runtime.lanes import Lanes
@@ -282,3 +282,23 @@ def test_a_step_goes_on_from_behind_its_site(own: djinn.Dj, act: Act, ready: Rea
     """Also where parts are ready at one site and not at the next: what was injected before is injected again."""
     ways, _ = check(own, act, ready)
     assert (True in ways) == (act is not of_steered and ready(1) + ready(2) > 0)
+
+
+def test_a_value_that_took_a_sites_place_is_gone_where_its_step_runs_again_without_it(own: djinn.Dj) -> None:
+    """The tables never held it: steering of a later site alone must not be all that seems to have changed."""
+
+    def script() -> tuple[list[int], Tensor]:
+        with own.session() as session:
+            run = run_of(own, session)
+            scaled(own, stop := next(run))
+            next(run)
+            with mock.patch.object(moves, "execute", side_effect=KeyboardInterrupt), suppress(KeyboardInterrupt):
+                run.rewind(stop.position, stop.site)
+            session.steer("resid_post.1", scale=2.0)
+            return outcome(run)
+
+    with mock.patch.object(djinn.Stop, "_make_ready", lambda stop: None):
+        expected = script()
+    found = script()
+    assert found[0] == expected[0]
+    assert_same_bits(found[1], expected[1])

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 import djinn_fx as djinn
 from djinn_fx.runtime.graphs import Replayed, Runnable
 from djinn_fx.runtime.loop import DecodeLoop
+from djinn_fx.runtime.remainder import behind
 from tests.bits import assert_same_bits
 from tests.runtime.tiny import direction, logits_of, model_of, prompt, some
 
@@ -268,3 +271,23 @@ def test_remainders_are_bounded(pair: tuple[djinn.Dj, djinn.Dj]) -> None:
     theirs = everything(pair[1], scaled, sites)
     assert ours[0] == theirs[0]
     assert_same_bits(ours[1], theirs[1])
+
+
+@pytest.mark.parametrize("beside", ["nothing", "handed on", "twice", "written"])
+def test_a_value_is_replaced_behind_its_site_only_where_its_segment_makes_nothing_else_of_it(beside: str) -> None:
+    """Else that would keep what was made of the value as it was; a tap would too, which no segment hands on."""
+    graph = fx.Graph()
+    value = graph.call_function(torch.neg, (graph.placeholder("x"),))
+    tap, more = graph.placeholder("tap"), []
+    if beside == "written":
+        graph.call_method("copy_", (tap, value))
+    elif beside == "handed on":
+        more = [graph.call_function(torch.exp, (value,))]
+    elif beside == "twice":
+        more = [value]
+    graph.output((value, *more))
+    outputs = ("resid_post.0", *("v" for _ in more))
+    first: Any = SimpleNamespace(index=0, outputs=outputs, graph=fx.GraphModule(torch.nn.Module(), graph))
+    program: Any = SimpleNamespace(segments=[first, SimpleNamespace(index=1, outputs=("logits",))])
+    site: Any = SimpleNamespace(name="resid_post.0")
+    assert behind(program, site) == (1 if beside == "nothing" else None)
