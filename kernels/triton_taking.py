@@ -24,15 +24,16 @@ def take(value: Tensor, before: Tensor, own: Tensor, differs: Tensor, kernels: d
         before: see there.
         own: see there.
         differs: see there; 0 before.
-        kernels: those found so far, by what they were compiled for; a new one is added.
+        kernels: those found so far, by whether they move 16 bytes at a time; a new one is added.
     """
     nbytes, places = value.nbytes, (value.data_ptr(), before.data_ptr(), own.data_ptr())
     wide = not (nbytes | places[0] | places[1] | places[2]) & 15
-    grid, key = (-(-nbytes // TILE), 1, 1), (value.dtype, wide)
-    kernel = kernels.get(key)
+    grid, kernel = (-(-nbytes // TILE), 1, 1), kernels.get(wide)
     if kernel is None:
-        with torch.cuda.device_of(own):
-            kernels[key] = _take[grid](value, before, own, differs, nbytes, wide, TILE, num_warps=WARPS)
+        # As bytes: what is compiled now serves every dtype.
+        parts = (tensor.view(-1).view(torch.uint8) for tensor in (value, before, own))
+        with torch.cuda.device_of(value):
+            kernels[wide] = _take[grid](*parts, differs, nbytes, wide, TILE, num_warps=WARPS)
     else:
         # Addresses, as :func:`djinn_fx.kernels.triton_advance.begin` gives them.
         kernel[grid](*places, differs.data_ptr(), nbytes, wide, TILE, stream=stream_of(value))
