@@ -62,17 +62,6 @@ def test_an_answer_that_was_interrupted_is_not_that_of_the_next_question() -> No
     assert list(doubts._free) == [question], "two doubts would share it"
 
 
-def test_a_comparison_that_was_interrupted_answers_no_later_question() -> None:
-    """It is enqueued, and nothing says when it is over: the device may write its answer whenever."""
-    doubts, value = Doubts(torch.device("cpu")), torch.ones(3)
-    verdict, copy = doubts.carried(value, torch.zeros(3))
-    (question,) = doubts._made
-    with mock.patch.object(Question, "asked", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
-        copy(torch.empty(3))
-    del verdict, copy
-    assert doubts.question() is not question
-
-
 def edit(stop: djinn.Stop) -> None:
     stop.value.mul_(-1.5)
 

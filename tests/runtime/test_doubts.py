@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 
 import djinn_fx as djinn
-from djinn_fx.runtime.doubt import Doubts
+from djinn_fx.runtime.doubt import Doubts, Question
 from tests.runtime.checkpoint_cases import assert_same, close_all, finish, shared, start
 
 SITE = "resid_post.0"
@@ -49,6 +51,17 @@ def test_a_question_is_asked_again_once_nobody_waits_for_it_and_the_device_is_th
     first._open = False
     again = doubts.question()
     assert again is first and not doubts.about(torch.zeros(1), again).holds()
+
+
+def test_a_comparison_that_was_interrupted_answers_no_later_question() -> None:
+    """It is enqueued, and nothing says when it is over: the device may write its answer whenever."""
+    doubts, value = Doubts(torch.device("cpu")), torch.ones(3)
+    verdict, copy = doubts.carried(value, torch.zeros(3))
+    (question,) = doubts._made
+    with mock.patch.object(Question, "asked", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        copy(torch.empty(3))
+    del verdict, copy
+    assert doubts.question() is not question
 
 
 @pytest.mark.parametrize("at", ["prompt", "generated"])
