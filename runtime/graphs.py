@@ -22,7 +22,7 @@ WARMUP = 2
 #: Graphs of later parts of a program that are kept: their nodes grow with the square of its layers.
 REMAINDERS = 16
 
-#: How often a part is asked for until it gets a graph: to capture it takes some twenty milliseconds, a step a few.
+#: How often a part is asked for until it gets a graph: to capture it takes as long as a dozen steps of a small model.
 REPEATS = 16
 
 #: The stream programs are captured on; None on the CPU.
